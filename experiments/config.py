@@ -1,0 +1,335 @@
+"""The configuration of a run: typed fields, the layers they come from, and every check on them.
+
+Precedence, whatever the order typed: defaults < tier < profile < rung < typed keys. The defaults
+are the published d12 run. Nothing here imports jax, so a wrong key is refused at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import chz
+
+from models.command_line import (
+    Layer,
+    UsageError,
+    build,
+    cast_words,
+    flatten,
+    help_page,
+    leaves,
+    parse_words,
+)
+from models.config import TIERS, ArchConfig, SizeConfig
+from models.ladder import RUNGS, rung_values
+from optim.config import OptimConfig
+
+PROBES = ("activation", "gradient", "weight")
+MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+ALIASES = {
+    "data": "data.source",
+    "probes": "probes.names",
+    "probe_data": "probes.data",
+    "measure_every": "probes.every",
+}
+
+
+@chz.chz
+class DataConfig:
+    """Where tokens come from and which of them are held out."""
+
+    source: str = chz.field(
+        default="auto",
+        doc="auto (FineWeb shards if present, else the corpus), corpus, or a glob of .bin shards",
+    )
+    folder: str = chz.field(default="data/fineweb10B", doc="where auto looks for FineWeb shards")
+    order: Literal["shuffled", "sequential"] = chz.field(
+        default="shuffled", doc="order of training rows; sequential is the published one"
+    )
+    val_tokens: int = chz.field(default=10_485_760, doc="tokens of one validation")
+    probe_offset: int = chz.field(
+        default=2**24, doc="where the fixed probe set begins in the validation stream"
+    )
+    corpus_vocab: int = chz.field(default=50_304, doc="byte-pair vocabulary of the corpus")
+
+    @chz.validate
+    def _ranges(self):
+        if self.val_tokens < 1:
+            raise ValueError(f"data.val_tokens={self.val_tokens}: give at least one row")
+        if self.probe_offset < self.val_tokens:
+            raise ValueError(
+                f"data.probe_offset={self.probe_offset} lies inside the validation tokens; "
+                f"give at least data.val_tokens={self.val_tokens}"
+            )
+        if not 257 <= self.corpus_vocab <= 65_536:
+            raise ValueError(
+                f"data.corpus_vocab={self.corpus_vocab}: give 257 to 65,536 (uint16 shards)"
+            )
+
+
+@chz.chz
+class ProbeConfig:
+    """What the lens measures, on which tokens, and when (protocol spec 1.9)."""
+
+    names: tuple[str, ...] = chz.field(default=PROBES, doc="probes to run, or nothing at all")
+    data: Literal["fixed", "batch"] = chz.field(
+        default="fixed", doc="held-out probe set, or the training batch's own pass"
+    )
+    window: int = chz.field(default=1024, doc="tokens in one probe window, one gradient sample")
+    windows: int = chz.field(default=1024, doc="windows under the activation probe")
+    gradient_windows: int = chz.field(default=512, doc="of these, samples of the gradient probe")
+    chunk: int = chz.field(default=64, doc="windows per forward pass beyond the gradient samples")
+    layers: tuple[int, ...] | None = chz.field(
+        default=None, doc="layers under the gradient and weight probes; none: five, evenly spread"
+    )
+    matrices: tuple[str, ...] = chz.field(
+        default=("attn.c_q", "attn.c_v", "attn.c_proj", "mlp.c_proj"),
+        doc="matrices under the gradient and weight probes",
+    )
+    eigen: Literal["host", "graph"] = chz.field(
+        default="host", doc="eigenvalues in float64 on a host thread, or inside the compiled step"
+    )
+    first: int = chz.field(
+        default=2**23, doc="tokens at the first measurement after step 0; then doubling"
+    )
+    linear_from: int = chz.field(default=2**28, doc="tokens from which the spacing stops doubling")
+    every: int | None = chz.field(default=None, doc="measure also every so many steps")
+
+    @chz.validate
+    def _ranges(self):
+        for name in self.names:
+            if name not in PROBES:
+                raise ValueError(f"probes.names={name}: choose among {', '.join(PROBES)}")
+        for name in self.matrices:
+            if name not in MATRICES:
+                raise ValueError(f"probes.matrices={name}: choose among {', '.join(MATRICES)}")
+        for name in ("window", "windows", "chunk", "first", "linear_from"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"probes.{name}={getattr(self, name)}: give at least 1")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"probes.every={self.every}: give at least 1 step, or none")
+        if not 2 <= self.gradient_windows <= self.windows:
+            raise ValueError(
+                f"probes.gradient_windows={self.gradient_windows}: give 2 to "
+                f"probes.windows={self.windows}"
+            )
+        if (self.windows - self.gradient_windows) % self.chunk:
+            raise ValueError(
+                f"probes.chunk={self.chunk} does not divide the "
+                f"{self.windows - self.gradient_windows} windows beyond the gradient samples; "
+                f"give a divisor"
+            )
+
+
+@chz.chz
+class RunConfig:
+    """Everything that decides a training run."""
+
+    tier: Literal["d12", "d24", "d36", "d48"] = chz.field(default="d12", doc="size of the model")
+    profile: Literal["paper", "laptop", "auto"] = chz.field(
+        default="auto",
+        doc="published sizes, or small ones; auto: paper on an accelerator of 40 GB or more",
+    )
+    rung: Literal[RUNGS] = chz.field(default=RUNGS[-1], doc="architecture and optimizer")
+    batch: int = chz.field(default=8, doc="long rows per optimizer step (the batch tier)")
+    accumulate: int = chz.field(default=8, doc="micro-batches per optimizer step")
+    seed: int = chz.field(default=0, doc="initial weights and order of the data")
+    max_tokens: int | None = chz.field(
+        default=None, doc="training budget; none: the rung's published number of steps"
+    )
+    published_target: float = chz.field(default=3.2, doc="validation loss that ended the paper run")
+    target_loss: float | Literal["published"] | None = chz.field(
+        default="published", doc="stop at the first validation below it"
+    )
+    anneal: Literal["published", "budget"] = chz.field(
+        default="published", doc="end of the learning-rate schedule: the rung's, or max_tokens"
+    )
+    time_scale: float = chz.field(
+        default=1.0, doc="schedule lengths relative to the published reference steps"
+    )
+    val_every: int = chz.field(default=2**23, doc="tokens between validations")
+    checkpoint_every: int = chz.field(default=2**28, doc="tokens between checkpoints")
+    keep_checkpoints: int | None = chz.field(
+        default=None, doc="newest checkpoints kept beside step 0; none: all"
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
+        default="auto", doc="of the matrix products; auto: bfloat16 on accelerators"
+    )
+    out: str = chz.field(default="auto", doc="run folder; auto: runs/<name of the configuration>")
+    resume: Literal["auto", "never", "must"] = chz.field(
+        default="auto", doc="continue from the newest checkpoint in the run folder"
+    )
+    arch: ArchConfig = chz.field(default_factory=ArchConfig)
+    size: SizeConfig = chz.field(default_factory=SizeConfig)
+    optim: OptimConfig = chz.field(default_factory=OptimConfig)
+    data: DataConfig = chz.field(default_factory=DataConfig)
+    probes: ProbeConfig = chz.field(default_factory=ProbeConfig)
+
+    @property
+    def row(self) -> int:
+        """Tokens in a row of this rung."""
+        return self.size.short_row
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.size.long_row
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.tokens_per_step // self.row
+
+    @chz.validate
+    def _ranges(self):
+        for name in ("batch", "accumulate", "val_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: give 0 to {2**31 - 1}")
+        if self.rows_per_step % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide the {self.rows_per_step} rows of "
+                f"a step; give a divisor"
+            )
+        if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is less than one step of "
+                f"{self.tokens_per_step} tokens; give more, or a smaller batch"
+            )
+        if self.anneal == "budget" and self.max_tokens is None:
+            raise ValueError("anneal=budget needs a budget; set max_tokens, or anneal=published")
+        if not 0 < self.time_scale < float("inf"):
+            raise ValueError(f"time_scale={self.time_scale}: give a positive number")
+        if isinstance(self.target_loss, float) and not self.target_loss > 0:
+            raise ValueError(f"target_loss={self.target_loss}: give a positive loss, or none")
+        if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints={self.keep_checkpoints}: give at least 1, or none")
+        if self.data.val_tokens % self.row:
+            raise ValueError(
+                f"data.val_tokens={self.data.val_tokens} is not a multiple of the row of "
+                f"{self.row} tokens; give a multiple"
+            )
+        if self.probes.window > self.row and self.arch.position == "learned":
+            raise ValueError(
+                f"probes.window={self.probes.window} is longer than the position table of "
+                f"{self.row}; give at most that"
+            )
+        for layer in self.probes.layers or ():
+            if not 0 <= layer < self.size.n_layer:
+                raise ValueError(
+                    f"probes.layers={layer}: the model has layers 0 to {self.size.n_layer - 1}"
+                )
+
+
+def laptop(tier: str) -> dict[str, Any]:
+    """Sizes at which a run takes minutes on two CPU cores, every mechanism kept.
+
+    Width is an eighth, a mask block 16 tokens instead of 128, a long row 32 blocks instead of 512;
+    published schedule lengths shrink tenfold in steps (1,280-fold in tokens).
+    """
+    return {
+        "size.n_embd": TIERS[tier]["size.n_embd"] // 8,
+        "size.block": 16,
+        "size.short_row": 128,
+        "size.long_row": 512,
+        "accumulate": 1,
+        "max_tokens": 1_228_800,
+        "target_loss": None,
+        "anneal": "budget",
+        "time_scale": 0.1,
+        "val_every": 2**17,
+        "checkpoint_every": 2**18,
+        "data.val_tokens": 2**15,
+        "data.probe_offset": 2**16,
+        "data.corpus_vocab": 1024,
+        "probes.window": 128,
+        "probes.windows": 128,
+        "probes.gradient_windows": 64,
+        "probes.first": 2**14,
+        "probes.linear_from": 2**20,
+    }
+
+
+PROFILES = {"paper": lambda tier: {}, "laptop": laptop}
+
+
+def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dict[str, str]]:
+    """The run that typed words ask for, and for every key set the layer that set it.
+
+    `auto_profile` is what profile=auto stands for on this machine. Raises UsageError with one line
+    naming the key, the value and the mend.
+    """
+    typed = cast_words(RunConfig, words)
+    defaults = RunConfig()
+    tier = typed.get("tier", defaults.tier)
+    profile = typed.get("profile", defaults.profile)
+    profile = auto_profile if profile == "auto" else profile
+    rung = typed.get("rung", defaults.rung)
+    layers = (
+        Layer(f"tier={tier}", TIERS[tier]),
+        Layer(f"profile={profile}", PROFILES[profile](tier)),
+        Layer(f"rung={rung}", rung_values(rung)),
+        Layer("typed", typed | {"profile": profile}),
+    )
+    return build(RunConfig, layers)
+
+
+def parse_command(argv: list[str]) -> dict[str, str]:
+    """Words of a command line with aliases resolved; every key is known."""
+    words = parse_words(argv, ALIASES)
+    if words.get("rung", RUNGS[-1]) not in RUNGS:
+        rung_values(words["rung"])  # names the rungs that are built
+    cast_words(RunConfig, words)
+    return words
+
+
+def help_text(usage: str, words: Mapping[str, str]) -> str:
+    """`--help` of a command that takes a run's keys, with the values the other words give."""
+    config, _ = resolve(words, "laptop")
+    return help_page(usage, RunConfig, ALIASES, flatten(config))
+
+
+def describe_layers(config: RunConfig, origin: Mapping[str, str]) -> list[str]:
+    """One line a layer: the keys whose final value that layer set and that differ from default."""
+    flat, known = flatten(config), leaves(RunConfig)
+    by_layer: dict[str, list[str]] = {}
+    for key, layer in origin.items():
+        default = known[key].default
+        default = list(default) if isinstance(default, tuple) else default
+        if flat[key] != default and key not in ("tier", "profile", "rung"):
+            shown = flat[key]
+            shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
+            by_layer.setdefault(layer, []).append(f"{key}={shown}")
+    return [f"{layer}: {' '.join(values)}" for layer, values in by_layer.items()]
+
+
+def from_flat(flat: Mapping[str, Any]) -> RunConfig:
+    """The configuration stored in a run folder's config.json (dotted keys, lists for tuples)."""
+    known = leaves(RunConfig)
+    unknown = sorted(set(flat) - set(known))
+    if unknown:
+        raise UsageError(
+            f"stored configuration has the unknown key {unknown[0]}={flat[unknown[0]]}"
+        )
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in flat.items()}
+    return build(RunConfig, [Layer("stored", values)])[0]
+
+
+def run_name(config: RunConfig) -> str:
+    """A folder name that is the same for the same configuration and tells runs apart."""
+    flat = {k: v for k, v in flatten(config).items() if k not in ("out", "resume")}
+    digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{config.rung}-{config.tier}-{config.profile}-b{config.batch}-s{config.seed}-{digest}"
+
+
+def probed_layers(config: RunConfig) -> tuple[int, ...]:
+    """The layers under the gradient and weight probes: the published five, or as configured.
+
+    Published: 0, 3, 6, 9, 11 at d12, else round(k (L-1) / 4) (protocol spec 1.6).
+    """
+    if config.probes.layers is not None:
+        return config.probes.layers
+    n_layer = config.size.n_layer
+    if n_layer == 12:
+        return (0, 3, 6, 9, 11)
+    return tuple(sorted({round(k * (n_layer - 1) / 4) for k in range(5)}))
