@@ -1,0 +1,184 @@
+"""A finished or running run as its folder tells it: config.json, metrics.jsonl and spectra/.
+
+Every part may be missing; what is there is read once and checked. No jax, no matplotlib.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lens_jax.fits import PAPER_WINDOWS, REFERENCE_WIDTH, scale_ranks
+from lens_jax.records import SpectrumRecord, read_records
+
+_LAYER = re.compile(r"^(.*?\d+)[/.](.*)$")
+_DEEP_TIERS = ("d36", "d48")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run folder holds: flat config, metric columns, records by kind, site and step."""
+
+    path: Path
+    config: dict
+    train: dict[str, np.ndarray]
+    val: dict[str, np.ndarray]
+    spectra: dict[str, dict[str, list[SpectrumRecord]]]
+
+    @property
+    def meta(self) -> dict:
+        """Meta of the last measured step; empty without spectra."""
+        records = [r for sites in self.spectra.values() for rs in sites.values() for r in rs]
+        return max(records, key=lambda record: record.step).meta if records else {}
+
+    def fact(self, name: str):
+        """Returns a setting by its last word from config.json, else from the records, else None."""
+        for key, value in self.config.items():
+            if key.rpartition(".")[2] == name and value is not None:
+                return value
+        return self.meta.get(name)
+
+    @property
+    def target_loss(self) -> float | None:
+        """Validation loss the run aims at; `published` stands for the setting published_target."""
+        target = self.fact("target_loss")
+        target = self.fact("published_target") if target == "published" else target
+        return float(target) if isinstance(target, int | float) else None
+
+    def token_counts(self) -> np.ndarray:
+        """Returns every training-token count that a metric or a spectrum stands at, unsorted."""
+        return np.concatenate([self.train["tokens"], self.val["tokens"], self.measured_tokens()])
+
+    def measured_tokens(self) -> np.ndarray:
+        """Returns the training-token counts at which spectra were measured, ascending."""
+        by_site = [records for sites in self.spectra.values() for records in sites.values()]
+        return np.unique([float(record.tokens) for records in by_site for record in records])
+
+    def sites(self, kind: str) -> list[str]:
+        """Returns the sites of a kind, shallow to deep, a layer's output after its parts."""
+        return sorted(self.spectra.get(kind, {}), key=_depth)
+
+    def final_site(self, kind: str) -> str | None:
+        """Returns the site of the deepest layer, None where the kind was not measured."""
+        sites = self.sites(kind)
+        return sites[-1] if sites else None
+
+    def layers(self, kind: str) -> list[str]:
+        """Returns one site a layer: those with the same tap as the final site."""
+        final = self.final_site(kind)
+        return [site for site in self.sites(kind) if site_name(site) == site_name(final)]
+
+    def last_layer_sites(self, kind: str) -> dict[str, str]:
+        """Returns {short name: site} of the deepest layer measured for a kind."""
+        sites = self.sites(kind)
+        if not sites:
+            return {}
+        return {site_name(s): s for s in sites if layer_name(s) == layer_name(sites[-1])}
+
+    def records(self, kind: str, site: str | None) -> list[SpectrumRecord]:
+        """Returns the records of one kind and site by step; empty where there are none."""
+        return self.spectra.get(kind, {}).get(site, [])
+
+
+def layer_name(site: str) -> str:
+    """Returns the layer of a site, `h_11` of `h_11/attn/c_proj/kernel`; the site if it has none."""
+    match = _LAYER.match(site)
+    return match[1] if match else site
+
+
+def site_name(site: str) -> str:
+    """Returns a site without its layer, `attn.c_proj` of `h_11/attn/c_proj/kernel`."""
+    match = _LAYER.match(site)
+    return (match[2] if match else site).removesuffix("/kernel").replace("/", ".")
+
+
+def _depth(site: str) -> tuple:
+    parts = [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", layer_name(site))]
+    return layer_name(site) != site, parts, site_name(site) == "resid_post", site
+
+
+def display_windows(tier: str | None, width: int) -> dict[str, tuple[int, int]]:
+    """Returns {published window: rank window} of a summary page, the main window first.
+
+    Tiers d36 and d48 have 200-400 for main window, all others 30-150. From width 768 up the
+    published ranks are used as they stand; below, they are scaled by `scale_ranks`.
+    """
+    deep = tier in _DEEP_TIERS
+    names = ("200-400", "40-90", "90-200") if deep else ("default", "10-40", "40-90", "90-200")
+    windows = {}
+    for name in names:
+        first, last = PAPER_WINDOWS[name]
+        windows[f"{first}-{last}"] = (
+            (first, last) if width >= REFERENCE_WIDTH else scale_ranks(first, last, width)
+        )
+    return windows
+
+
+def read_run(folder: str | Path) -> SavedRun:
+    """Reads a run folder.
+
+    Raises ValueError with one line when the folder is missing, holds neither metrics.jsonl nor
+    spectra/, or when one of its files is damaged. A last metrics line without its newline is left
+    out: the run was killed while writing it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder")
+    metrics, spectra = folder / "metrics.jsonl", folder / "spectra"
+    if not metrics.is_file() and not spectra.is_dir():
+        raise ValueError(f"{folder}: no run folder (neither metrics.jsonl nor spectra/ in it)")
+    rows = _read_metrics(metrics) if metrics.is_file() else []
+    by_kind: dict[str, dict[str, list[SpectrumRecord]]] = {}
+    for record in read_records(spectra) if spectra.is_dir() else []:
+        by_kind.setdefault(record.kind, {}).setdefault(record.site, []).append(record)
+    return SavedRun(
+        path=folder,
+        config=_read_config(folder / "config.json"),
+        train=_columns(rows, "train"),
+        val=_columns(rows, "val"),
+        spectra=by_kind,
+    )
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return _flatten(config)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    # Shallow keys first, so that a run's own `seed` is found before a section's.
+    return dict(sorted(flat.items(), key=lambda item: item[0].count(".")))
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if row["kind"] in ("train", "val"):
+                numbers = {name: float(row[name]) for name in ("tokens", "loss")}
+                rows.append({"kind": row["kind"], **numbers})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no metrics row ({error!r})") from error
+    return rows
+
+
+def _columns(rows: list[dict], kind: str) -> dict[str, np.ndarray]:
+    rows = [row for row in rows if row["kind"] == kind]
+    return {name: np.array([row[name] for row in rows]) for name in ("tokens", "loss")}
