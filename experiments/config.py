@@ -233,7 +233,7 @@ def laptop(tier: str) -> dict[str, Any]:
         "size.short_row": 128,
         "size.long_row": 512,
         "accumulate": 1,
-        "max_tokens": 1_228_800,
+        "max_tokens": 2**20,
         "target_loss": None,
         "anneal": "budget",
         "time_scale": 0.1,
@@ -271,7 +271,10 @@ def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dic
         Layer(f"rung={rung}", rung_values(rung)),
         Layer("typed", typed | {"profile": profile}),
     )
-    return build(RunConfig, layers)
+    config, origin = build(RunConfig, layers)
+    if config.target_loss == "published":
+        config = chz.replace(config, target_loss=config.published_target)
+    return config, origin
 
 
 def parse_command(argv: list[str]) -> dict[str, str]:

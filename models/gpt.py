@@ -213,3 +213,13 @@ def init_params(model: GPT, seed: int) -> dict:
     """Fresh float32 parameters as a nested dict."""
     tokens = jnp.zeros((1, model.size.block), jnp.int32)
     return model.init(jax.random.key(seed), tokens)["params"]
+
+
+def flops_per_token(size: SizeConfig, row: int) -> float:
+    """Forward and backward FLOP per token of the matrix products, attention by its exact mask.
+
+    6 per weight of the blocks and the head, and 12 D per key that a query sees, in every layer; a
+    causal row of T tokens shows (T + 1) / 2 keys on average.
+    """
+    weights = 12 * size.n_layer * size.n_embd**2 + size.n_embd * size.vocab_size
+    return 6 * weights + 12 * size.n_embd * (row + 1) / 2 * size.n_layer

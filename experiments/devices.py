@@ -1,0 +1,95 @@
+"""Which devices a run uses, how arrays lie on them, and how fast they could be.
+
+The one place where a mesh is made: a single axis `data`, of type Auto, over which rows of a batch
+are split while parameters are replicated.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+PAPER_BYTES = 40e9
+
+# Dense bf16 matrix peak in FLOP/s by device kind, from the vendors' datasheets.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H100": 989.5e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def auto_profile() -> tuple[str, str]:
+    """What profile=auto stands for on this machine, and why, in one phrase.
+
+    Without an accelerator plugin installed jax is not imported to find out.
+    """
+    if not any(importlib.util.find_spec(name) for name in ACCELERATOR_PLUGINS):
+        return "laptop", "no accelerator plugin is installed"
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "laptop", "no accelerator is visible"
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    # the limit is what jax may take, a share of the card
+    if memory >= 0.7 * PAPER_BYTES:
+        return "paper", f"{device.device_kind} offers {memory / 1e9:.0f} GB"
+    return "laptop", f"{device.device_kind} offers {memory / 1e9:.0f} GB, the paper sizes want 40"
+
+
+def split_cpu() -> None:
+    """Give a CPU-only process one device per core, up to two, unless the user has chosen.
+
+    XLA runs element-wise work of a program on one core per device, so two devices train faster on
+    two cores. Must run before jax is used.
+    """
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in (
+        os.environ.get("XLA_FLAGS", "")
+    )
+    if not chosen:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
+
+
+def make_mesh(micro_rows: int):
+    """A mesh over as many devices as divide the rows of a micro-batch (at least one)."""
+    import jax
+
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if micro_rows % n == 0)
+    return jax.make_mesh(
+        (count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:count]
+    )
+
+
+def replicated(mesh):
+    """The sharding of parameters and optimizer state: a whole copy on every device."""
+    import jax
+
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def place_rows(mesh, tokens: Any, *, axis: int):
+    """A host array on the mesh, split along `axis` where the devices divide it, else copied."""
+    import jax
+
+    spec = [None] * tokens.ndim
+    if tokens.shape[axis] % mesh.size == 0:
+        spec[axis] = "data"
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.device_put(tokens, sharding)
+
+
+def peak_flops(mesh) -> float | None:
+    """bf16 peak of all devices of the mesh together, None where it is not known."""
+    kind = mesh.devices.flat[0].device_kind
+    for name, peak in PEAK_FLOPS.items():
+        if kind.startswith(name):
+            return peak * mesh.size
+    return None

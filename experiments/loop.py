@@ -1,0 +1,338 @@
+"""The training loop: dispatch, fetch one step late, validate, measure, save, stop cleanly.
+
+Order within step s, as published (ladder spec 9): validation and checkpoint s see the state after s
+updates, then the step measures that state and makes update s + 1. A measurement at the very end
+runs the step once more and drops its update.
+"""
+
+import signal
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+
+import jax
+import numpy as np
+
+from experiments.atomic_files import write_json
+from experiments.checkpoints import Checkpoints
+from experiments.config import RunConfig
+from experiments.data import (
+    TokenFiles,
+    TrainWindows,
+    make_train_stream,
+    sample_indices,
+)
+from experiments.devices import peak_flops, place_rows, replicated
+from experiments.metrics import MetricsFile
+from experiments.progress import Display, format_rate, format_tokens
+from experiments.run_folder import RunFolder
+from experiments.schedule import Schedule, make_schedule
+from experiments.setup import Run, hold_out, make_run, read_yardstick
+from lens_jax.probes import spectra
+from lens_jax.records import RecordWriter
+from lens_jax.show import draw_run
+from lens_jax.step import TrainState
+from models.command_line import UsageError, flatten
+from models.gpt import flops_per_token
+from optim.groups import learning_rates
+
+RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is not finite; parameters and optimizer state are intact."""
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a number that the loop reads between steps."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> "Interrupt":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        del frame
+        self.received = number
+
+
+def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
+    """Train until the target, the budget or a signal; returns the command's exit code."""
+    result = folder.path / "result.json"
+    if result.exists():
+        print(f"this run is finished, see {result}; another seed= or out= makes a new one")
+        return 0
+    schedule = make_schedule(config)
+    held = hold_out(config, files)
+    windows = TrainWindows(files, row=config.row, exclude=held.exclude)
+    run = make_run(config, schedule, held, read_yardstick(files))
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        checkpoints = stack.enter_context(
+            Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+        )
+        state, start = _initial_state(run, checkpoints, files.name)
+        metrics = stack.enter_context(MetricsFile(folder.metrics_path))
+        known = {
+            row["step"]: row["loss"] for row in metrics.truncate_from(start) if row["kind"] == "val"
+        }
+        writer = stack.enter_context(RecordWriter(folder.spectra))
+        flops = flops_per_token(config.size, config.row)
+        display = stack.enter_context(
+            Display(schedule.num_steps, start, flops, peak_flops(run.mesh))
+        )
+        _greet(display, config, run, schedule, start)
+        loop = Loop(
+            config, schedule, run, folder, checkpoints, metrics, writer, display, known, files.name
+        )
+        return loop.run(state, start, windows, interrupt)
+
+
+def _greet(display: Display, config: RunConfig, run: Run, schedule: Schedule, start: int) -> None:
+    devices = run.mesh.devices.flat
+    display.note(
+        f"{run.num_params:,} parameters on {run.mesh.size} x {devices[0].device_kind}, "
+        f"{run.facts['dtype']}; {schedule.num_steps} steps of {config.tokens_per_step:,} tokens; "
+        f"{len(schedule.measure)} measured steps"
+    )
+    if start:
+        display.note(f"resumed at step {start}")
+    yardstick = run.facts["unigram_entropy"]
+    if yardstick is not None:
+        display.note(f"yardstick: unigram entropy of the validation text {yardstick:.3f} nats")
+
+
+def _initial_state(run: Run, checkpoints: Checkpoints, data: str) -> tuple[TrainState, int]:
+    latest = checkpoints.latest()
+    if latest is None:
+        return run.fresh_state(), 0
+    meta = checkpoints.read_meta(latest)
+    if meta["data"] != data:
+        raise UsageError(
+            f"the checkpoint at step {latest} was trained on {meta['data']}, not on {data}; bring "
+            f"that data back, or start anew with another out="
+        )
+    saved_on = meta["num_devices"]
+    if saved_on != run.mesh.size:
+        print(
+            f"note: saved on {saved_on} devices, resumed on {run.mesh.size}: losses agree to "
+            f"rounding, not bit by bit"
+        )
+    shapes = jax.eval_shape(run.fresh_state)
+    sharding = replicated(run.mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+    return checkpoints.restore(latest, abstract), latest
+
+
+class Loop:
+    """One pass through the steps of a run, with everything it writes to."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        schedule: Schedule,
+        run: Run,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        metrics: MetricsFile,
+        writer: RecordWriter,
+        display: Display,
+        known_losses: dict[int, float],
+        data_name: str,
+    ):
+        self.config, self.schedule, self.run_ = config, schedule, run
+        self.folder, self.checkpoints, self.metrics = folder, checkpoints, metrics
+        self.writer, self.display = writer, display
+        self.val_losses, self.data_name = known_losses, data_name
+        self.pending: tuple[int, dict] | None = None  # metrics of the step in flight
+        self.fetched_at: float | None = None
+        self.rates: list[float] = []
+
+    def run(self, state: TrainState, start: int, windows: TrainWindows, interrupt) -> int:
+        """Steps from `start` to the end; returns the exit code."""
+        config = self.config
+        order = {
+            "order": config.data.order,
+            "seed": config.seed,
+            "rows": config.rows_per_step,
+            "chunk_rows": config.rows_per_step // config.accumulate,
+        }
+        stream = make_train_stream(windows, start=start * config.rows_per_step, **order)
+        try:
+            for step in range(start, self.schedule.num_steps + 1):
+                reason = self._look(step, state)
+                if reason or step in self.schedule.checkpoint:
+                    self._save(step, state)
+                measure = step in self.schedule.measure or bool(reason and config.probes.names)
+                if reason and not measure:
+                    break
+                state, metrics, measured = self._dispatch(state, next(stream), measure)
+                if measure:
+                    self._submit(step, measured)
+                if reason:
+                    break  # the run was over: that step was only measured
+                self._fetch()
+                self.pending = (step, metrics)
+                if interrupt.received:
+                    return self._leave(step + 1, state, interrupt.received)
+        except NotFinite as error:
+            return self._report_not_finite(error, windows, order)
+        return self._finish(step, reason)
+
+    def _look(self, step: int, state: TrainState) -> str | None:
+        """Validate if it is time; why the run ends here, or None."""
+        if step in self.schedule.validate and step not in self.val_losses:
+            self._validate(step, state)
+        target = self.config.target_loss
+        loss = self.val_losses.get(step)
+        if target is not None and step > 0 and loss is not None and loss < target:
+            return "target"
+        return "budget" if step == self.schedule.num_steps else None
+
+    def _validate(self, step: int, state: TrainState) -> None:
+        self._fetch()
+        began = time.monotonic()
+        loss = float(self.run_.evaluate(state.params))
+        self.val_losses[step] = loss
+        row = {
+            "kind": "val",
+            "step": step,
+            "tokens": step * self.config.tokens_per_step,
+            "loss": loss,
+            "val_tokens": self.config.data.val_tokens,
+            "seconds": time.monotonic() - began,
+        }
+        self.metrics.append(row)
+        self.display.validation(row)
+        self.fetched_at = None
+
+    def _dispatch(self, state: TrainState, rows: np.ndarray, measure: bool):
+        stacked = rows.reshape(self.config.accumulate, -1, rows.shape[1])
+        batches = {"tokens": place_rows(self.run_.mesh, stacked, axis=1)}
+        probe_batch = self.run_.probe_batch if measure else None
+        return self.run_.step(state, batches, probe_batch, measure=measure)
+
+    def _fetch(self) -> None:
+        """Wait for the step in flight, write its row, and refuse what is not finite."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        metrics = jax.device_get(metrics)
+        now = time.monotonic()
+        seconds = None if self.fetched_at is None else now - self.fetched_at
+        self.fetched_at = now
+        if not metrics["finite"]:
+            raise NotFinite(step, float(metrics["loss"]), float(metrics["grad_norm"]))
+        rate = None if seconds is None else self.config.tokens_per_step / seconds
+        row = {
+            "kind": "train",
+            "step": step,
+            "tokens": (step + 1) * self.config.tokens_per_step,
+            "loss": float(metrics["loss"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            **learning_rates(self.config.optim, self.schedule.horizon, step),
+            "window_blocks": None,
+            "step_time_s": seconds,
+            "tokens_per_s": rate,
+        }
+        self.metrics.append(row)
+        if rate is not None:
+            self.rates.append(rate)
+        self.display.train(row, self._typical_rate())
+
+    def _typical_rate(self) -> float | None:
+        return statistics.median(self.rates[-50:]) if self.rates else None
+
+    def _submit(self, step: int, measured: dict) -> None:
+        meta = {"step": step, "tokens": step * self.config.tokens_per_step, **self.run_.facts}
+        if step in self.val_losses:
+            meta["val_loss"] = self.val_losses[step]
+        if self.config.probes.eigen == "graph":
+            self.writer.submit(step, meta, partial(jax.device_get, measured))
+        else:
+            self.writer.submit(step, meta, partial(spectra, measured, np))
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Save a checkpoint; all that was written about earlier steps is on disk before it is."""
+        self._fetch()
+        self.writer.drain()
+        meta = {
+            "step": step,
+            "sample_index": step * self.config.rows_per_step,
+            "tokens": step * self.config.tokens_per_step,
+            "config": flatten(self.config),
+            "versions": {name: version(name) for name in RECORDED_PACKAGES},
+            "num_devices": self.run_.mesh.size,
+            "data": self.data_name,
+        }
+        self.checkpoints.save(step, state, meta)
+        self.fetched_at = None
+
+    def _leave(self, step: int, state: TrainState, number: int) -> int:
+        self._save(step, state)
+        self.checkpoints.wait()
+        self.display.note(
+            f"stopped by {signal.Signals(number).name} after step {step}, checkpoint saved; the "
+            f"same command with out={self.folder.path} goes on from here"
+        )
+        return 128 + number
+
+    def _report_not_finite(self, error: NotFinite, windows: TrainWindows, order: dict) -> int:
+        step, loss, grad_norm = error.args
+        self.writer.drain()
+        report = {
+            "step": step,
+            "tokens": step * self.config.tokens_per_step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "window_indices": sample_indices(step, windows, **order),
+            "last_checkpoint": self.checkpoints.latest(),
+        }
+        path = self.folder.path / "nonfinite.json"
+        write_json(path, report)
+        print(
+            f"error: loss {loss} and gradient norm {grad_norm} at step {step}; nothing was updated,"
+            f" checkpoint {report['last_checkpoint']} is kept, details in {path}; lower "
+            f"optim.lr_scale, with another out=",
+            file=sys.stderr,
+        )
+        return 1
+
+    def _finish(self, step: int, reason: str) -> int:
+        self.writer.drain()
+        self.checkpoints.wait()
+        loss = self.val_losses[step]
+        rate = statistics.median(self.rates) if self.rates else None
+        tokens = step * self.config.tokens_per_step
+        result = {
+            "reason": reason,
+            "step": step,
+            "tokens": tokens,
+            "val_loss": loss,
+            "target_loss": self.config.target_loss,
+            "unigram_entropy": self.run_.facts["unigram_entropy"],
+            "tokens_per_s": rate,
+        }
+        write_json(self.folder.path / "result.json", result)
+        figure = draw_run(self.folder.path)
+        against = ""
+        if result["unigram_entropy"] is not None:
+            against = f", unigram entropy {result['unigram_entropy']:.3f}"
+        self.display.note(
+            f"finished ({reason}): val loss {loss:.4f} nats{against}, after "
+            f"{format_tokens(tokens)} tokens" + (f" at {format_rate(rate)} tok/s" if rate else "")
+        )
+        self.display.note(f"records in {self.folder.path}, figure {figure}")
+        return 0

@@ -1,0 +1,61 @@
+"""When things happen in a run: its length, its validations, measurements and checkpoints.
+
+Everything is laid out in training tokens, the same for every batch tier, and then in steps: an
+event at n tokens happens at the first step that has seen at least n. The event of step s sees the
+state after s updates.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from experiments.config import RunConfig
+from optim.schedules import Horizon, reference_to_run_steps
+
+
+class Schedule(NamedTuple):
+    """Steps of a run. num_steps updates are made; the events are sets of steps in 0..num_steps."""
+
+    num_steps: int
+    horizon: Horizon
+    validate: frozenset[int]
+    measure: frozenset[int]
+    checkpoint: frozenset[int]
+
+
+def make_schedule(config: RunConfig) -> Schedule:
+    """The schedule that a configuration asks for; the last step validates, measures and saves."""
+    published = _run_steps(config, config.optim.num_steps)
+    num_steps = published
+    if config.max_tokens is not None:
+        num_steps = config.max_tokens // config.tokens_per_step
+    length = num_steps if config.anneal == "budget" else published
+    horizon = Horizon(length, _run_steps(config, config.optim.momentum_steps))
+    tokens = num_steps * config.tokens_per_step
+    measure = _steps(config, doubling_grid(config.probes.first, config.probes.linear_from, tokens))
+    if config.probes.every is not None:
+        measure |= set(range(0, num_steps, config.probes.every))
+    end = {num_steps}
+    return Schedule(
+        num_steps=num_steps,
+        horizon=horizon,
+        validate=frozenset(_steps(config, range(0, tokens, config.val_every)) | end),
+        measure=frozenset(measure | end) if config.probes.names else frozenset(),
+        checkpoint=frozenset(_steps(config, range(0, tokens, config.checkpoint_every)) | end),
+    )
+
+
+def doubling_grid(first: int, linear_from: int, end: int) -> list[int]:
+    """0, first, 2 first, 4 first ... and from linear_from on its multiples, all below end."""
+    grid, tokens = [0], first
+    while tokens < end:
+        grid.append(tokens)
+        tokens = tokens * 2 if tokens < linear_from else tokens + linear_from
+    return grid
+
+
+def _steps(config: RunConfig, tokens: Iterable[int]) -> set[int]:
+    return {-(-count // config.tokens_per_step) for count in tokens}
+
+
+def _run_steps(config: RunConfig, reference_steps: int) -> int:
+    return reference_to_run_steps(reference_steps, batch=config.batch, time_scale=config.time_scale)

@@ -1,0 +1,169 @@
+"""From a configuration to the objects of a run: data, model, optimizer, compiled functions."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.config import RunConfig, probed_layers
+from experiments.data import HeldOut, TokenFiles, held_out, token_hash
+from experiments.devices import make_mesh, place_rows, replicated
+from experiments.loss import make_loss
+from experiments.schedule import Schedule
+from lens_jax.gradients import Sink
+from lens_jax.probes import activation_probe, gradient_probe, weight_probe
+from lens_jax.step import Lens, ProbeBatch, TrainState, init_state, make_train_step
+from models.gpt import GPT, init_params
+from optim.groups import make_optimizer
+
+
+class Run(NamedTuple):
+    """The compiled side of a run.
+
+    step: as `lens_jax.step.make_train_step` returns it. evaluate(params) -> mean validation loss.
+    fresh_state() -> TrainState on the mesh. probe_batch: the fixed probe set on the mesh, or None.
+    facts: what every spectrum record says of this run. num_params: of the model.
+    """
+
+    mesh: Any
+    step: Callable
+    evaluate: Callable
+    fresh_state: Callable[[], TrainState]
+    probe_batch: ProbeBatch | None
+    facts: dict[str, Any]
+    num_params: int
+
+
+def hold_out(config: RunConfig, files: TokenFiles) -> HeldOut:
+    """The validation rows and the probe set of a configuration.
+
+    The probe set is held out also where no probe reads it, so that probes never change what is
+    trained on.
+    """
+    return held_out(
+        files,
+        row=config.row,
+        val_tokens=config.data.val_tokens,
+        probe_offset=config.data.probe_offset,
+        probe_windows=config.probes.windows,
+        probe_window=config.probes.window,
+    )
+
+
+def compute_dtype(config: RunConfig):
+    """The dtype of the matrix products: as configured, or bfloat16 off the CPU."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(config.compute_dtype)
+
+
+def make_lens(config: RunConfig) -> Lens:
+    """The probes of a configuration: activations of every layer, matrices of the probed ones."""
+    paths = tuple(
+        f"h_{layer}/{matrix.replace('.', '/')}/kernel"
+        for layer in probed_layers(config)
+        for matrix in config.probes.matrices
+    )
+    on_batch = config.probes.data == "batch"
+    passes = config.accumulate if on_batch else 1
+    samples = config.rows_per_step // passes if on_batch else config.probes.gradient_windows
+    sink = Sink(samples, "rows" if passes > 1 else "gram")
+    sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
+    probes = []
+    if "activation" in config.probes.names:
+        probes.append(activation_probe(sites))
+    if "gradient" in config.probes.names:
+        probes.append(gradient_probe(paths, sink, passes))
+    if "weight" in config.probes.names:
+        probes.append(weight_probe(paths))
+    watched = paths if "gradient" in config.probes.names else ()
+    return Lens(tuple(probes), watched, sink if watched else None)
+
+
+def read_yardstick(files: TokenFiles) -> float | None:
+    """Unigram entropy of the validation text in nats a token, where meta.json beside it tells."""
+    meta = files.train[0].parent / "meta.json"
+    if not meta.exists():
+        return None
+    return json.loads(meta.read_text()).get("unigram_entropy_val")
+
+
+def make_run(
+    config: RunConfig, schedule: Schedule, held: HeldOut, unigram_entropy: float | None = None
+) -> Run:
+    """Builds everything that a training loop calls; nothing is compiled before its first call."""
+    micro_rows = config.rows_per_step // config.accumulate
+    mesh = make_mesh(micro_rows)
+    model = GPT(config.arch, config.size, compute_dtype(config))
+    loss_fn = make_loss(model)
+    shapes = jax.eval_shape(lambda: init_params(model, config.seed))
+    tx = make_optimizer(config.optim, schedule.horizon, shapes)
+    lens = make_lens(config)
+    step = make_train_step(
+        loss_fn,
+        tx,
+        lens,
+        probe_data=config.probes.data,
+        eigen=config.probes.eigen,
+        out_sharding=replicated(mesh),
+    )
+    fixed = bool(lens.probes) and config.probes.data == "fixed"
+    return Run(
+        mesh=mesh,
+        step=step,
+        evaluate=_make_evaluate(loss_fn, held.val, micro_rows, mesh),
+        fresh_state=jax.jit(
+            lambda: init_state(init_params(model, config.seed), tx), out_shardings=replicated(mesh)
+        ),
+        probe_batch=_place_probe_set(config, held.probe, mesh) if fixed else None,
+        facts=_record_facts(config, held, lens) | {"unigram_entropy": unigram_entropy},
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+    )
+
+
+def _make_evaluate(loss_fn, rows: np.ndarray, most_rows: int, mesh) -> Callable:
+    """Mean loss over all validation rows, in chunks of at most a micro-batch."""
+    chunk = max(n for n in range(1, most_rows + 1) if len(rows) % n == 0)
+    chunks = place_rows(mesh, rows.reshape(-1, chunk, rows.shape[1]), axis=1)
+
+    @jax.jit
+    def evaluate(params, chunks):
+        losses = jax.lax.map(lambda tokens: loss_fn(params, {"tokens": tokens})[0], chunks)
+        return jnp.mean(losses)
+
+    return lambda params: evaluate(params, chunks)
+
+
+def _place_probe_set(config: RunConfig, windows: np.ndarray, mesh) -> ProbeBatch:
+    samples, rest = np.split(windows, [config.probes.gradient_windows])
+    samples = {"tokens": place_rows(mesh, samples, axis=0)}
+    if not len(rest):
+        return ProbeBatch(samples)
+    rest = rest.reshape(-1, config.probes.chunk, rest.shape[1])
+    return ProbeBatch(samples, {"tokens": place_rows(mesh, rest, axis=1)})
+
+
+def _record_facts(config: RunConfig, held: HeldOut, lens: Lens) -> dict[str, Any]:
+    fixed = config.probes.data == "fixed"
+    window = config.probes.window if fixed else config.row
+    windows = config.probes.windows if fixed else config.rows_per_step
+    samples = config.probes.gradient_windows if fixed else config.rows_per_step
+    return {
+        "rung": config.rung,
+        "tier": config.tier,
+        "profile": config.profile,
+        "batch": config.batch,
+        "seed": config.seed,
+        "width": config.size.n_embd,
+        "num_layers": config.size.n_layer,
+        "probe_data": config.probes.data,
+        "probe_hash": token_hash(held.probe) if fixed else None,
+        "gradient_samples": samples if lens.paths else 0,
+        "sample_tokens": window,
+        "act_tokens": windows * window,
+        "dtype": compute_dtype(config).name,
+        "eigen": config.probes.eigen,
+    }

@@ -1,0 +1,68 @@
+"""Train a rung of the ladder with the lens inside the compiled step.
+
+    python -m experiments.train tier=d12
+    python -m experiments.train rung=muon data='shards/*.bin' max_tokens=1e6 seed=1
+    python -m experiments.train --help
+
+Results go to a run folder: config.json, metrics.jsonl, spectra/, checkpoints/, summary.png. The
+same command again goes on where the run stopped, and a finished run is only reported.
+"""
+
+import chz
+
+from experiments.config import (
+    RunConfig,
+    describe_layers,
+    help_text,
+    parse_command,
+    resolve,
+    run_name,
+)
+from models.command_line import flatten, run_command
+
+FREE_ON_RESUME = ("out", "resume")
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit code."""
+    if any(word in ("-h", "--help") for word in argv):
+        rest = [word for word in argv if word not in ("-h", "--help")]
+        print(help_text(__doc__, parse_command(rest)))
+        return 0
+    words = parse_command(argv)
+    if words.get("profile", "auto") == "auto":
+        resolve(words, "laptop")  # a mistake is answered before any device is asked
+    config, origin, reason = _choose_profile(words)
+    from experiments.data import resolve_source
+
+    files = resolve_source(config.data)
+    if config.size.vocab_size is None:
+        config = chz.replace(config, size=chz.replace(config.size, vocab_size=files.vocab_size))
+    files = files._replace(vocab_size=config.size.vocab_size)  # every token id must fit the model
+    if config.out == "auto":
+        config = chz.replace(config, out=f"runs/{run_name(config)}")
+    print(f"profile {config.profile}: {reason}", *describe_layers(config, origin), sep="\n")
+    print(f"data {files.name}: {len(files.train)} training shards, vocabulary {files.vocab_size:,}")
+
+    from experiments.run_folder import RunFolder
+
+    stored = flatten(config)
+    with RunFolder.open(config.out, config.resume, stored, free_keys=FREE_ON_RESUME) as folder:
+        from experiments.devices import split_cpu
+        from experiments.loop import train  # imports jax, after everything cheap has been checked
+
+        split_cpu()
+        return train(config, files, folder)
+
+
+def _choose_profile(words: dict[str, str]) -> tuple[RunConfig, dict[str, str], str]:
+    if words.get("profile", "auto") != "auto":
+        return *resolve(words, "laptop"), "as asked"
+    from experiments.devices import auto_profile
+
+    profile, reason = auto_profile()
+    return *resolve(words, profile), reason
+
+
+if __name__ == "__main__":
+    run_command(main)
