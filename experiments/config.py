@@ -79,7 +79,7 @@ class ProbeConfig:
     window: int = chz.field(default=1024, doc="tokens in one probe window, one gradient sample")
     windows: int = chz.field(default=1024, doc="windows under the activation probe")
     gradient_windows: int = chz.field(default=512, doc="of these, samples of the gradient probe")
-    chunk: int = chz.field(default=64, doc="windows per forward pass beyond the gradient samples")
+    chunk: int = chz.field(default=64, doc="windows in one pass of the model")
     layers: tuple[int, ...] | None = chz.field(
         default=None, doc="layers under the gradient and weight probes; none: five, evenly spread"
     )
@@ -114,11 +114,16 @@ class ProbeConfig:
                 f"probes.gradient_windows={self.gradient_windows}: give 2 to "
                 f"probes.windows={self.windows}"
             )
-        if (self.windows - self.gradient_windows) % self.chunk:
+        if self.gradient_windows > self.chunk and self.gradient_windows % self.chunk:
             raise ValueError(
-                f"probes.chunk={self.chunk} does not divide the "
-                f"{self.windows - self.gradient_windows} windows beyond the gradient samples; "
-                f"give a divisor"
+                f"probes.chunk={self.chunk} does not divide "
+                f"probes.gradient_windows={self.gradient_windows}; give a divisor"
+            )
+        rest = self.windows - self.gradient_windows
+        if rest % self.chunk:
+            raise ValueError(
+                f"probes.chunk={self.chunk} does not divide the {rest} windows beyond the "
+                f"gradient samples; give a divisor"
             )
 
 

@@ -68,9 +68,12 @@ def make_lens(config: RunConfig) -> Lens:
         for matrix in config.probes.matrices
     )
     on_batch = config.probes.data == "batch"
-    passes = config.accumulate if on_batch else 1
-    samples = config.rows_per_step // passes if on_batch else config.probes.gradient_windows
-    sink = Sink(samples, "rows" if passes > 1 else "gram")
+    if on_batch:
+        passes, samples = config.accumulate, config.rows_per_step
+    else:
+        samples = config.probes.gradient_windows
+        passes = max(1, samples // config.probes.chunk)
+    sink = Sink(samples // passes, "rows" if passes > 1 else "gram")
     sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
     probes = []
     if "activation" in config.probes.names:
@@ -80,7 +83,7 @@ def make_lens(config: RunConfig) -> Lens:
     if "weight" in config.probes.names:
         probes.append(weight_probe(paths))
     watched = paths if "gradient" in config.probes.names else ()
-    return Lens(tuple(probes), watched, sink if watched else None)
+    return Lens(tuple(probes), watched, sink if watched else None, 1 if on_batch else passes)
 
 
 def read_yardstick(files: TokenFiles) -> float | None:

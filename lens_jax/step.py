@@ -20,11 +20,16 @@ from lens_jax.probes import Evidence, Probe, spectra
 
 
 class Lens(NamedTuple):
-    """Probes to run together, and the kernels whose products feed sinks (none: no sinks)."""
+    """Probes to run together, and the kernels whose products feed sinks (none: no sinks).
+
+    passes: into how many equal consecutive parts a held-out set of samples is cut, each with a
+    forward and a backward pass of its own, where memory does not hold the activations of all.
+    """
 
     probes: tuple[Probe, ...]
     paths: tuple[str, ...] = ()
     sink: Sink | None = None
+    passes: int = 1
 
     def wants(self, evidence: str) -> bool:
         return any(probe.needs == evidence for probe in self.probes)
@@ -106,32 +111,43 @@ def measure_lens(
     One forward and backward pass over the samples serves all matrices, and its forward the
     activations too; no gradient of a parameter is formed.
     """
-    if lens.wants("sinks"):
-        sinks = make_sinks(params, lens.paths, lens.sink)
-        objective = partial(_objective, loss_fn, lens, params, probe_batch.samples)
-        (loss, taps), cotangents = jax.value_and_grad(objective, has_aux=True)(sinks)
-    else:
-        loss, taps = loss_fn(params, probe_batch.samples)
-        cotangents = None
-    evidence = Evidence(params, taps, cotangents)
-    states = _update(lens.probes, _init(lens.probes, evidence), evidence)
 
+    def visit(carry, batch):
+        total, states = carry
+        loss, evidence = _observe(loss_fn, lens, params, batch)
+        return (total + loss, _update(lens.probes, states, evidence)), None
+
+    parts = jax.tree.map(
+        lambda leaf: leaf.reshape(lens.passes, -1, *leaf.shape[1:]), probe_batch.samples
+    )
+    total, states = _visit_all(
+        visit, parts, lambda part: _observe(loss_fn, lens, params, part)[1], params, lens.probes
+    )
     forward_only = tuple(probe for probe in lens.probes if probe.needs == "taps")
     if probe_batch.more is not None and forward_only:
 
-        def visit(states, batch):
+        def look(states, batch):
             _, taps = loss_fn(params, batch)
             return _update(forward_only, states, Evidence(params, taps)), None
 
         seen = {probe.name: states[probe.name] for probe in forward_only}
-        states |= jax.lax.scan(visit, seen, probe_batch.more)[0]
-    return _summarize(lens.probes, states), loss
+        states |= jax.lax.scan(look, seen, probe_batch.more)[0]
+    return _summarize(lens.probes, states), total / lens.passes
+
+
+def _observe(loss_fn, lens: Lens, params, batch):
+    """Loss and evidence of one held-out batch; backward only as far as sinks ask."""
+    if not lens.wants("sinks"):
+        loss, taps = loss_fn(params, batch)
+        return loss, Evidence(params, taps)
+    sinks = make_sinks(params, lens.paths, lens.sink)
+    objective = partial(_objective, loss_fn, lens, params, batch)
+    (loss, taps), cotangents = jax.value_and_grad(objective, has_aux=True)(sinks)
+    return loss, Evidence(params, taps, cotangents)
 
 
 def _accumulate(loss_fn, params, batches, lens: Lens):
     """Mean loss and gradients over micro-batches, and what the lens saw in those very passes."""
-    num_batches = jax.tree.leaves(batches)[0].shape[0]
-    first = jax.tree.map(lambda leaf: leaf[0], batches)
 
     def one_pass(batch):
         sinks = make_sinks(params, lens.paths, lens.sink) if lens.wants("sinks") else {}
@@ -144,18 +160,28 @@ def _accumulate(loss_fn, params, batches, lens: Lens):
         return loss, grads, Evidence(params, taps, cotangents)
 
     def visit(carry, batch):
-        total_loss, total_grads, states = carry
+        (total_loss, total_grads), states = carry
         loss, grads, evidence = one_pass(batch)
-        total_grads = jax.tree.map(jnp.add, total_grads, grads)
-        return (total_loss + loss, total_grads, _update(lens.probes, states, evidence)), None
+        totals = total_loss + loss, jax.tree.map(jnp.add, total_grads, grads)
+        return (totals, _update(lens.probes, states, evidence)), None
 
-    _, _, shapes = jax.eval_shape(one_pass, first)
-    states = _init(lens.probes, shapes._replace(params=params))
-    carry = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), states)
-    carry = visit(carry, first)[0] if num_batches == 1 else jax.lax.scan(visit, carry, batches)[0]
-    loss, grads, states = carry
-    grads = jax.tree.map(lambda grad: grad / num_batches, grads)
-    return loss / num_batches, grads, _summarize(lens.probes, states)
+    num_batches = jax.tree.leaves(batches)[0].shape[0]
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    totals, states = _visit_all(
+        visit, batches, lambda batch: one_pass(batch)[2], params, lens.probes, zero
+    )
+    loss, grads = jax.tree.map(lambda total: total / num_batches, totals)
+    return loss, grads, _summarize(lens.probes, states)
+
+
+def _visit_all(visit, batches, look, params, probes, zero=0.0):
+    """Fold visit over stacked batches from (zero, empty probe states); one batch needs no loop."""
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    shapes = jax.eval_shape(look, first)._replace(params=params)
+    carry = jax.tree.map(jnp.asarray, zero), _init(probes, shapes)
+    if jax.tree.leaves(batches)[0].shape[0] == 1:
+        return visit(carry, first)[0]
+    return jax.lax.scan(visit, carry, batches)[0]
 
 
 def _objective(loss_fn, lens: Lens, params, batch, sinks):

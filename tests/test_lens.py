@@ -109,6 +109,18 @@ def test_windows_of_one_row_can_be_the_samples(problem):
         np.testing.assert_allclose(cut[f"grad/{path}"], rows[f"grad/{path}"], rtol=1e-4, atol=1e-5)
 
 
+def test_samples_in_several_passes_give_the_same_spectra(problem):
+    params, batch = problem
+    split = full_lens("rows", 4)._replace(passes=4)
+    whole, loss = make_measure_step(small_loss, full_lens())(params, ProbeBatch(batch))
+    parts, loss_of_parts = make_measure_step(small_loss, split)(params, ProbeBatch(batch))
+    np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
+    whole, parts = spectra(whole, np), spectra(parts, np)
+    assert whole.keys() == parts.keys()
+    for name, values in whole.items():
+        np.testing.assert_allclose(parts[name], values, atol=3e-4 * values.max(), err_msg=name)
+
+
 def test_activation_spectrum_is_numpys_over_all_chunks(problem):
     params, batch = problem
     lens = Lens((activation_probe(("out/resid_post",)),))
