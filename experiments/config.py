@@ -16,6 +16,7 @@ from models.command_line import (
     UsageError,
     build,
     cast_words,
+    check_path,
     flatten,
     help_page,
     leaves,
@@ -27,6 +28,7 @@ from optim.config import OptimConfig
 
 PROBES = ("activation", "gradient", "weight")
 MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+MOST_TOKENS = 10**15  # a thousand times the largest published training runs
 ALIASES = {
     "data": "data.source",
     "probes": "probes.names",
@@ -55,6 +57,8 @@ class DataConfig:
 
     @chz.validate
     def _ranges(self):
+        check_path("data.source", self.source)
+        check_path("data.folder", self.folder)
         if self.val_tokens < 1:
             raise ValueError(f"data.val_tokens={self.val_tokens}: give at least one row")
         if self.probe_offset < self.val_tokens:
@@ -189,6 +193,7 @@ class RunConfig:
         for name in ("batch", "accumulate", "val_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        check_path("out", self.out)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed}: give 0 to {2**31 - 1}")
         if self.rows_per_step % self.accumulate:
@@ -201,6 +206,10 @@ class RunConfig:
                 f"max_tokens={self.max_tokens} is less than one step of "
                 f"{self.tokens_per_step} tokens; give more, or a smaller batch"
             )
+        if self.max_tokens is not None and self.max_tokens > MOST_TOKENS:
+            raise ValueError(f"max_tokens={self.max_tokens:.3g}: give at most {MOST_TOKENS:.0e}")
+        if not 0 < self.published_target < float("inf"):
+            raise ValueError(f"published_target={self.published_target}: give a positive loss")
         if self.anneal == "budget" and self.max_tokens is None:
             raise ValueError("anneal=budget needs a budget; set max_tokens, or anneal=published")
         if not 0 < self.time_scale < float("inf"):

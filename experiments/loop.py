@@ -5,6 +5,7 @@ updates, then the step measures that state and makes update s + 1. A measurement
 runs the step once more and drops its update.
 """
 
+import math
 import signal
 import statistics
 import sys
@@ -43,7 +44,12 @@ RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 
 
 class NotFinite(Exception):
-    """A loss or gradient that is not finite; parameters and optimizer state are intact."""
+    """A loss or gradient that is not finite; raised before that step updates or saves anything."""
+
+    def __init__(self, kind: str, step: int, loss: float, grad_norm: float | None = None):
+        norm = "" if grad_norm is None else f" and gradient norm {grad_norm}"
+        super().__init__(f"{kind} loss {loss}{norm} at step {step}")
+        self.kind, self.step, self.loss, self.grad_norm = kind, step, loss, grad_norm
 
 
 class Interrupt:
@@ -156,7 +162,7 @@ class Loop:
         self.folder, self.checkpoints, self.metrics = folder, checkpoints, metrics
         self.writer, self.display = writer, display
         self.val_losses, self.data_name = known_losses, data_name
-        self.pending: tuple[int, dict] | None = None  # metrics of the step in flight
+        self.pending: tuple[int, dict, dict] | None = None  # step in flight, metrics, measured
         self.fetched_at: float | None = None
         self.rates: list[float] = []
 
@@ -172,6 +178,8 @@ class Loop:
         stream = make_train_stream(windows, start=start * config.rows_per_step, **order)
         try:
             for step in range(start, self.schedule.num_steps + 1):
+                if interrupt.received:
+                    return self._leave(step, state, interrupt.received)
                 reason = self._look(step, state)
                 if reason or step in self.schedule.checkpoint:
                     self._save(step, state)
@@ -179,14 +187,11 @@ class Loop:
                 if reason and not measure:
                     break
                 state, metrics, measured = self._dispatch(state, next(stream), measure)
-                if measure:
-                    self._submit(step, measured)
-                if reason:
-                    break  # the run was over: that step was only measured
                 self._fetch()
-                self.pending = (step, metrics)
-                if interrupt.received:
-                    return self._leave(step + 1, state, interrupt.received)
+                self.pending = (step, metrics, measured)
+                if reason:
+                    self._fetch(measured_only=True)  # the run was over, its update is dropped
+                    break
         except NotFinite as error:
             return self._report_not_finite(error, windows, order)
         return self._finish(step, reason)
@@ -205,6 +210,8 @@ class Loop:
         self._fetch()
         began = time.monotonic()
         loss = float(self.run_.evaluate(state.params))
+        if not math.isfinite(loss):
+            raise NotFinite("validation", step, loss)
         self.val_losses[step] = loss
         row = {
             "kind": "val",
@@ -224,17 +231,22 @@ class Loop:
         probe_batch = self.run_.probe_batch if measure else None
         return self.run_.step(state, batches, probe_batch, measure=measure)
 
-    def _fetch(self) -> None:
-        """Wait for the step in flight, write its row, and refuse what is not finite."""
+    def _fetch(self, measured_only: bool = False) -> None:
+        """Wait for the step in flight, refuse what is not finite, and write its record and row."""
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
+        (step, metrics, measured), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
         now = time.monotonic()
         seconds = None if self.fetched_at is None else now - self.fetched_at
         self.fetched_at = now
         if not metrics["finite"]:
-            raise NotFinite(step, float(metrics["loss"]), float(metrics["grad_norm"]))
+            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            raise NotFinite("training", step, loss, grad_norm)
+        if measured:
+            self._submit(step, measured)
+        if measured_only:
+            return
         rate = None if seconds is None else self.config.tokens_per_step / seconds
         row = {
             "kind": "train",
@@ -290,22 +302,22 @@ class Loop:
         return 128 + number
 
     def _report_not_finite(self, error: NotFinite, windows: TrainWindows, order: dict) -> int:
-        step, loss, grad_norm = error.args
-        self.writer.drain()
+        training = error.kind == "training"
+        self.checkpoints.wait()
         report = {
-            "step": step,
-            "tokens": step * self.config.tokens_per_step,
-            "loss": str(loss),
-            "grad_norm": str(grad_norm),
-            "window_indices": sample_indices(step, windows, **order),
+            "kind": error.kind,
+            "step": error.step,
+            "tokens": error.step * self.config.tokens_per_step,
+            "loss": str(error.loss),
+            "grad_norm": str(error.grad_norm) if training else None,
+            "window_indices": sample_indices(error.step, windows, **order) if training else None,
             "last_checkpoint": self.checkpoints.latest(),
         }
         path = self.folder.path / "nonfinite.json"
         write_json(path, report)
         print(
-            f"error: loss {loss} and gradient norm {grad_norm} at step {step}; nothing was updated,"
-            f" checkpoint {report['last_checkpoint']} is kept, details in {path}; lower "
-            f"optim.lr_scale, with another out=",
+            f"error: {error}; stopped there, checkpoint {report['last_checkpoint']} is kept, "
+            f"details in {path}; lower optim.lr_scale, with another out=",
             file=sys.stderr,
         )
         return 1
@@ -325,8 +337,8 @@ class Loop:
             "unigram_entropy": self.run_.facts["unigram_entropy"],
             "tokens_per_s": rate,
         }
-        write_json(self.folder.path / "result.json", result)
         figure = draw_run(self.folder.path)
+        write_json(self.folder.path / "result.json", result)  # last: now the run is finished
         against = ""
         if result["unigram_entropy"] is not None:
             against = f", unigram entropy {result['unigram_entropy']:.3f}"

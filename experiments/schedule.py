@@ -31,25 +31,34 @@ def make_schedule(config: RunConfig) -> Schedule:
     length = num_steps if config.anneal == "budget" else published
     horizon = Horizon(length, _run_steps(config, config.optim.momentum_steps))
     tokens = num_steps * config.tokens_per_step
-    measure = _steps(config, doubling_grid(config.probes.first, config.probes.linear_from, tokens))
+    linear_from = max(config.probes.linear_from, config.tokens_per_step)
+    measure = _steps(config, doubling_grid(config.probes.first, linear_from, tokens))
     if config.probes.every is not None:
         measure |= set(range(0, num_steps, config.probes.every))
     end = {num_steps}
     return Schedule(
         num_steps=num_steps,
         horizon=horizon,
-        validate=frozenset(_steps(config, range(0, tokens, config.val_every)) | end),
+        validate=frozenset(_steps(config, _every(config, config.val_every, tokens)) | end),
         measure=frozenset(measure | end) if config.probes.names else frozenset(),
-        checkpoint=frozenset(_steps(config, range(0, tokens, config.checkpoint_every)) | end),
+        checkpoint=frozenset(_steps(config, _every(config, config.checkpoint_every, tokens)) | end),
     )
 
 
+def _every(config: RunConfig, spacing: int, tokens: int) -> range:
+    """Multiples of a spacing below `tokens`; one below a step's worth means every step."""
+    return range(0, tokens, max(spacing, config.tokens_per_step))
+
+
 def doubling_grid(first: int, linear_from: int, end: int) -> list[int]:
-    """0, first, 2 first, 4 first ... and from linear_from on its multiples, all below end."""
+    """0, first, 2 first, 4 first ... then linear_from and its multiples, all below end."""
     grid, tokens = [0], first
     while tokens < end:
         grid.append(tokens)
-        tokens = tokens * 2 if tokens < linear_from else tokens + linear_from
+        if tokens < linear_from:
+            tokens = min(2 * tokens, linear_from)
+        else:
+            tokens = (tokens // linear_from + 1) * linear_from
     return grid
 
 

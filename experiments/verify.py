@@ -11,7 +11,9 @@ largest. Exit code 1 when a tolerance is exceeded, 2 on a file that cannot be re
 """
 
 import json
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,13 @@ SPECTRUM_TOLERANCE = 1e-4
 UPDATE_TOLERANCE = {"muon": 1e-4, "adam": 1e-3}
 NEGLIGIBLE = 1e-7
 NUM_UPDATES = 3
+
+# What a fixture must hold to be compared at all.
+RUNG_META = ("n_layer", "n_head", "n_embd", "vocab_size", "T", "B", "logits_stride", "opt")
+RUNG_ARRAYS = ("tokens", "targets", "logits", "loss")
+OPTIMIZER_META = ("embed", "head", "muon", "scalar", "adamw", "weight_decay", "momentum")
+OPTIMIZER_META += ("ns_steps", "ns_dtype", "clip")
+SPECTRA_META = ("weights_from", "N", "layers", "matrices")
 
 
 class Check(NamedTuple):
@@ -46,7 +55,13 @@ def worst_error(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -
     """Largest relative error over arrays, by the rule of the module docstring."""
     if ours.keys() != reference.keys():
         odd = sorted(ours.keys() ^ reference.keys())
-        raise ValueError(f"arrays that only one side has: {odd[:3]}")
+        raise UsageError(f"not a fixture of this model (only one side has {odd[0]})")
+    for name, array in reference.items():
+        if np.shape(ours[name]) != array.shape:
+            raise UsageError(
+                f"not a fixture of this model ({name or 'an array'} has shape {array.shape}, "
+                f"ours {np.shape(ours[name])})"
+            )
     sizes = {name: np.abs(array).max() for name, array in reference.items()}
     largest = max(sizes.values())
     errors = []
@@ -60,13 +75,24 @@ def worst_error(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -
 def load_fixture(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Meta and arrays of a fixture; raises UsageError when it is not one."""
     try:
-        with np.load(path) as archive:
+        # an .npy would come back as an array and a pickle be refused: only .npz is opened at all
+        with zipfile.ZipFile(path), np.load(path) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        return json.loads(bytes(arrays.pop("meta"))), arrays
+        meta = json.loads(bytes(arrays.pop("meta")))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; give fixture files (*.npz)") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: not a fixture ({error}); give <rung>.npz files") from None
+    if not isinstance(meta, dict):
+        raise UsageError(f"{path}: not a fixture (meta is no object); give <rung>.npz files")
+    return meta, arrays
+
+
+def require(there: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises UsageError for the first name that is not there."""
+    for name in names:
+        if name not in there:
+            raise UsageError(f"not a fixture (it has no {name}); give <rung>.npz files")
 
 
 def subset(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -83,7 +109,8 @@ def fixture_config(meta: dict[str, Any]):
     size = {key: meta[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     size |= {"block": meta["T"], "short_row": meta["T"], "long_row": meta["T"] * meta["B"]}
     rates = meta["opt"]
-    if "muon" in rates and rung_values(meta["rung"]).get("optim.matrices") == "muon":
+    require(rates, OPTIMIZER_META)
+    if rung_values(meta["rung"]).get("optim.matrices") == "muon":
         names = {"embed_lr": "embed", "matrix_lr": "muon", "scalar_lr": "scalar"}
         optim = {key: rates[name] for key, name in names.items()} | {"head_lr": rates["head"]}
         optim |= {"weight_decay": 0.0, "momentum": rates["momentum"], "momentum_start": None}
@@ -93,7 +120,7 @@ def fixture_config(meta: dict[str, Any]):
     optim |= {"ns_dtype": rates["ns_dtype"], "ns_steps": rates["ns_steps"], "clip": rates["clip"]}
     optim |= {"schedule": "trapezoid", "warmdown": 0.0}
     values = {f"size.{k}": v for k, v in size.items()} | {f"optim.{k}": v for k, v in optim.items()}
-    values |= {"batch": 1, "accumulate": 1, "probes.window": meta["T"]}
+    values |= {"rung": meta["rung"], "batch": 1, "accumulate": 1, "probes.window": meta["T"]}
     values |= {"data.val_tokens": meta["T"], "data.probe_offset": meta["T"]}
     return build(RunConfig, [Layer("rung", rung_values(meta["rung"])), Layer("fixture", values)])[0]
 
@@ -102,11 +129,18 @@ def model_of(config, arrays: dict[str, np.ndarray]):
     """The model and our parameter tree from a fixture's published weights."""
     import jax
 
-    from models.gpt import GPT
+    from models.gpt import GPT, init_params
     from models.interop import from_published
 
-    params = from_published(subset(arrays, "param"), config.arch)
-    return GPT(config.arch, config.size), jax.tree.map(jax.numpy.asarray, params)
+    model = GPT(config.arch, config.size)
+    try:
+        params = from_published(subset(arrays, "param"), config.arch)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    expected = jax.tree.map(jax.numpy.shape, jax.eval_shape(lambda: init_params(model, 0)))
+    if jax.tree.map(np.shape, params) != expected:
+        raise UsageError(f"its weights are not those of rung {config.rung} at the size in its meta")
+    return model, jax.tree.map(jax.numpy.asarray, params)
 
 
 def check_rung(file: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Iterator[Check]:
@@ -119,6 +153,8 @@ def check_rung(file: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -
     from optim.groups import make_optimizer
     from optim.schedules import Horizon
 
+    require(meta, RUNG_META)
+    require(arrays, RUNG_ARRAYS)
     config = fixture_config(meta)
     model, params = model_of(config, arrays)
     tokens = np.concatenate([arrays["tokens"], arrays["targets"][:, -1:]], axis=1)
@@ -154,7 +190,10 @@ def check_spectra(
     from lens_jax.probes import activation_probe, gradient_probe, spectra
     from lens_jax.step import Lens, ProbeBatch, make_measure_step
 
+    require(meta, SPECTRA_META)
+    require(arrays, ("tokens",))
     rung_meta, rung_arrays = load_fixture(weights)
+    require(rung_meta, RUNG_META)
     model, params = model_of(fixture_config(rung_meta), rung_arrays)
     layers, matrices = meta["layers"], meta["matrices"]
     sites = tuple(f"h_{layer}/resid_post" for layer in layers)
@@ -193,20 +232,27 @@ def check_file(path: Path) -> tuple[list[Check], str | None]:
     if rung not in RUNGS:
         known = rung in PLANNED
         return [], f"rung {rung} is {'not built yet' if known else 'not of this ladder'}"
-    if "weights_from" in meta:
-        weights = path.parent / meta["weights_from"]
-        return list(check_spectra(path.name, meta, arrays, weights)), None
-    return list(check_rung(path.name, meta, arrays)), None
+    try:
+        if "weights_from" in meta:
+            weights = path.parent / meta["weights_from"]
+            return list(check_spectra(path.name, meta, arrays, weights)), None
+        return list(check_rung(path.name, meta, arrays)), None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    """The command; returns its exit code. Raises UsageError for a file that is no fixture."""
+    if {"-h", "--help"} & set(argv):
         print(__doc__)
-        return 0 if argv else 2
+        return 0
+    if not argv:
+        raise UsageError("no fixture given; name <rung>.npz or spectra_<rung>.npz files")
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "quantity", "largest relative error", "tolerance", "")
+    table = Table("file", "quantity", "error", "tolerance", "", box=box.SIMPLE)
     failed = 0
     for name in argv:
         checks, reason = check_file(Path(name))

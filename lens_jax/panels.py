@@ -129,7 +129,8 @@ def gradient_spectra(ax, run: SavedRun) -> None:
         colour, _ = _matrix_line(run, name)
         centred = run.records(CENTRED, site)
         if centred and centred[-1].step == record.step:
-            ax.plot(*_visible(centred[-1].values, largest), color=colour, lw=1.6)
+            nonzero = centred[-1].values[:-1]  # N rows minus their mean have rank N - 1
+            ax.plot(*_visible(nonzero, largest), color=colour, lw=1.6)
         ax.plot(*_visible(record.values, largest), color=colour, lw=1.1, ls="--")
     ax.set_title(f"(e) Gradient spectrum, {_layer(*sites.values())}")
     if not drawn:

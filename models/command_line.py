@@ -6,16 +6,24 @@ classes by name, so a command line cannot reach code. Nothing here imports jax.
 """
 
 import difflib
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import chz
 
 
 class UsageError(ValueError):
-    """Bad input from the user; the message is one line with the key, the value and the mend."""
+    """Bad input from the user; the message is one line with the key, the value and the mend.
+
+    What cannot be printed, a line break in a value for instance, is shown escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class Leaf(NamedTuple):
@@ -122,7 +130,7 @@ def _cast(text: str, declared: Any) -> Any:
     if declared is float:
         return float(text)
     if declared is str:
-        if not text:
+        if not text or not text.isprintable():  # a line break, or bytes that are no text
             raise ValueError(text)
         return text
     raise TypeError(f"no cast for {declared}")
@@ -157,6 +165,16 @@ def _cast_int(text: str) -> int:
         if not number.is_integer():  # also refuses inf and nan
             raise ValueError(text) from None
         return int(number)
+
+
+def check_path(key: str, text: str) -> None:
+    """Raises ValueError for a path that no file system takes, or in the home of nobody."""
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in Path(text).parts):
+        raise ValueError(f"{key}={text[:40]}...: the name is too long; give at most 255 bytes")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{key}={text}: there is no such home; write the path out") from None
 
 
 def describe(declared: Any) -> str:
@@ -210,4 +228,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.exit(code or 0)

@@ -37,8 +37,8 @@ class ArchConfig:
 
     @chz.validate
     def _ranges(self):
-        if not self.norm_eps > 0:
-            raise ValueError(f"arch.norm_eps={self.norm_eps}: give a positive number")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"arch.norm_eps={self.norm_eps}: give a number between 0 and 1")
         if self.zero_head and self.head == "tied":
             raise ValueError(
                 "arch.zero_head=True with arch.head=tied would zero the embedding too; "

@@ -13,7 +13,10 @@ from models.config import ArchConfig
 
 COMPILED_PREFIX = "_orig_mod."
 TABLES = {"transformer.wte.weight": "wte", "transformer.wpe.weight": "wpe"}
-BLOCK = re.compile(r"transformer\.h\.(\d+)\.(attn|mlp)\.(\w+)\.(weight|bias)")
+BLOCK = re.compile(
+    r"transformer\.h\.(\d+)\.(?:(attn)\.(c_attn|c_q|c_k|c_v|c_proj)|(mlp)\.(c_fc|c_proj))"
+    r"\.(weight|bias)"
+)
 FUSED = ("c_q", "c_k", "c_v")
 
 
@@ -41,7 +44,7 @@ def _to_ours(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     match = BLOCK.fullmatch(name)
     if match is None:
         raise ValueError(f"{name}: no parameter of the ladder has this published name")
-    layer, part, matrix, kind = match.groups()
+    layer, part, matrix, kind = (group for group in match.groups() if group is not None)
     home = f"h_{layer}/{part}"
     if kind == "bias":
         return {f"{home}/{matrix}/bias": array}

@@ -1,18 +1,21 @@
 """The ladder: every rung is a diff over the rung before it, in the words of the command line.
 
-`change` is what the rung is named for; the other keys of `diff` are its riders, changes that came
-along with it in the published code. Riders are kept, so that each rung is numerically the published
-model, and stand in the open, so that they can be undone one at a time. Source: the released code of
-arXiv 2605.05683 as recorded in the ladder spec, sections 1 to 5.
+`change` is what the rung is named for and the first key of `diff`; the other keys are its riders,
+changes that came along with it in the published code. Riders are kept, so that each rung is
+numerically the published model, and stand in the open, so that they can be undone one at a time.
+Source: the released code of arXiv 2605.05683 as recorded in the ladder spec, sections 1 to 5.
 
-    python -m models.ladder                    the table
-    python -m models.ladder rung=muon tier=d24 every key of one rung
+    python -m models.ladder                      the table
+    python -m models.ladder rung=muon [tier=d24] every key of one rung and the layer that set it
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from models.command_line import UsageError
+import chz
+
+from models.command_line import Layer, UsageError, cast_words, parse_words, run_command
+from models.config import TIERS
 
 
 class Rung(NamedTuple):
@@ -88,12 +91,46 @@ PLANNED = (
 )
 
 
-def rung_values(name: str) -> dict[str, Any]:
-    """All keys a rung sets, its own diff laid over those of every rung below it."""
+def rung_layers(name: str) -> list[Layer]:
+    """The diffs from the bottom of the ladder up to a rung; raises UsageError for no rung."""
     if name not in RUNGS:
         built = "is not built yet" if name in PLANNED else "is no rung of the ladder"
         raise UsageError(f"rung={name} {built}; choose one of {', '.join(RUNGS)}")
+    return [Layer(f"rung={rung.name}", rung.diff) for rung in LADDER[: RUNGS.index(name) + 1]]
+
+
+def rung_values(name: str) -> dict[str, Any]:
+    """All keys a rung sets, its own diff laid over those of every rung below it."""
     values: dict[str, Any] = {}
-    for rung in LADDER[: RUNGS.index(name) + 1]:
-        values |= rung.diff
+    for layer in rung_layers(name):
+        values |= layer.values
     return values
+
+
+@chz.chz
+class LadderWords:
+    """The keys of the command."""
+
+    rung: str = "all"
+    tier: Literal[tuple(TIERS)] = "d12"
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit code. Raises UsageError on bad words."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    words = LadderWords(**cast_words(LadderWords, parse_words(argv)))
+    if words.rung == "all" and any(word.startswith("tier=") for word in argv):
+        raise UsageError(f"tier={words.tier} needs a rung; add for example rung={RUNGS[-1]}")
+    from models.ladder_table import print_ladder, print_rung
+
+    if words.rung == "all":
+        print_ladder()
+    else:
+        print_rung(words.rung, words.tier)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -60,7 +60,7 @@ class OptimConfig:
             raise ValueError(f"optim.momentum_steps={self.momentum_steps}: give 0 or more steps")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip={self.clip}: give a positive norm, or none")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: give 0 or more")
         if self.ns_steps < 1:
             raise ValueError(f"optim.ns_steps={self.ns_steps}: give at least 1 iteration")

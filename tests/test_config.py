@@ -1,0 +1,275 @@
+"""Layers and their precedence, the ladder as data, and the folder of a run as its configuration."""
+
+import ast
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.config import (
+    ALIASES,
+    PROFILES,
+    RunConfig,
+    describe_layers,
+    from_flat,
+    help_text,
+    parse_command,
+    probed_layers,
+    resolve,
+    run_name,
+)
+from models import ladder, ladder_table
+from models.command_line import UsageError, flatten, leaves
+from models.config import TIERS, ArchConfig, SizeConfig
+from models.ladder import LADDER, PLANNED, RUNGS, rung_values
+
+KNOWN = leaves(RunConfig)
+
+
+def resolved(*argv: str, auto: str = "laptop") -> RunConfig:
+    return resolve(parse_command(list(argv)), auto)[0]
+
+
+# The ladder
+
+
+def test_every_diff_is_known_and_changes_something():
+    for rung in LADDER:
+        assert rung.diff or rung.name == "baseline"
+        below = LADDER[: LADDER.index(rung)]
+        values = {key: leaf.default for key, leaf in KNOWN.items()}
+        for other in below:
+            values |= other.diff
+        for key, value in rung.diff.items():
+            assert key in KNOWN, f"{rung.name}: {key}"
+            assert values[key] != value, f"{rung.name}: {key} had that value already"
+    assert len(set(RUNGS) | set(PLANNED)) == len(RUNGS) + len(PLANNED)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(ArchConfig, "arch"), (SizeConfig, "size")])
+def test_every_field_is_read_in_models(cls, name):
+    """No option without an effect: each field is read as an attribute of `arch` or `size`."""
+    read = set()
+    for path in Path(ladder.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(name):
+                read.add(node.attr)
+    # width and heads are read as head_dim too; long rows are cut by the data, not by a model
+    assert leaves(cls).keys() - read <= {"long_row"}
+
+
+@pytest.mark.parametrize(
+    ("rung", "count"),
+    [
+        ("baseline", 124_354_560),
+        ("rope", 123_577_344),
+        ("muon", 123_568_128),
+        ("untied", 162_201_600),
+    ],
+)
+def test_published_parameter_counts(rung, count):
+    shapes = ladder_table.parameter_shapes(rung, "d12")
+    assert ladder_table.count_parameters(shapes) == count
+    import jax
+
+    from optim.groups import group_labels
+
+    present = set(jax.tree.leaves(group_labels(shapes)))
+    assert set(ladder_table.groups_present(shapes)) == present
+
+
+def test_ladder_command_prints_every_rung(capsys, monkeypatch):
+    monkeypatch.setattr(ladder_table, "TIERS", {"d12": TIERS["d12"]})
+    assert ladder.main([]) == 0
+    table = capsys.readouterr().out
+    for rung in LADDER:
+        assert sum(line.startswith(f"│ {rung.name} ") for line in table.splitlines()) == 3
+    assert "162,201,600" in table
+    assert max(map(len, table.splitlines())) <= ladder_table.PLAIN_WIDTH
+
+
+@pytest.mark.parametrize(("rung", "tier"), list(itertools.product(RUNGS, TIERS)))
+def test_ladder_command_prints_every_key_of_a_rung(rung, tier, capsys):
+    assert ladder.main([f"rung={rung}", f"tier={tier}"]) == 0
+    shown = dict(line.split()[0].split("=") for line in capsys.readouterr().out.splitlines()[:-1])
+    config = resolved(f"rung={rung}", f"tier={tier}", "profile=paper")
+    flat = flatten(config)
+    sections = {key for key in flat if key.startswith(("arch.", "size."))}
+    assert shown.keys() >= sections | rung_values(rung).keys()
+    for key, text in shown.items():
+        if key != "size.vocab_size":
+            assert text == ladder_table.short(flat[key]), key
+
+
+def test_ladder_command_names_the_layer_of_every_key(capsys):
+    assert ladder.main(["tier=d24", "rung=muon"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["size.n_layer=24", "tier=d24"] in lines
+    assert ["size.block=128", "default"] in lines
+    assert ["arch.qk_norm=True", "rung=rope"] in lines
+    assert ["arch.proj_bias=False", "rung=muon"] in lines
+    assert ["optim.num_steps=50000", "rung=rope"] in lines
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("tier", "profile", "rung"), list(itertools.product(TIERS, PROFILES, RUNGS))
+)
+def test_every_tier_profile_and_rung_resolves(tier, profile, rung):
+    config = resolved(f"tier={tier}", f"profile={profile}", f"rung={rung}")
+    flat = flatten(config)
+    assert (config.tier, config.profile, config.rung) == (tier, profile, rung)
+    for key, value in rung_values(rung).items():
+        assert flat[key] == value
+    size = config.size
+    assert (size.n_layer, size.n_head) == (
+        TIERS[tier]["size.n_layer"],
+        TIERS[tier]["size.n_head"],
+    )
+    assert size.n_embd * (8 if profile == "laptop" else 1) == TIERS[tier]["size.n_embd"]
+    assert config.target_loss == (config.published_target if profile == "paper" else None)
+    assert from_flat(json.loads(json.dumps(flat))) == config
+
+
+def test_defaults_are_the_published_d12():
+    assert flatten(RunConfig()).items() >= TIERS["d12"].items()
+
+
+WORDS = ("tier=d24", "profile=laptop", "rung=muon", "optim.matrix_lr=0.5", "accumulate=2")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(WORDS))[::12])
+def test_precedence_does_not_depend_on_the_order_typed(order):
+    config, origin = resolve(parse_command(list(order)), "paper")
+    assert config == resolve(parse_command(list(WORDS)), "paper")[0]
+    assert config.size.n_embd == 128  # the profile's eighth over the tier's 1024
+    assert config.optim.matrix_lr == 0.5  # typed over the rung's
+    assert config.optim.embed_lr == 0.0036  # the rung's over the default
+    assert config.accumulate == 2  # typed over the profile's
+    expected = {
+        "size.n_layer": "tier=d24",
+        "size.n_embd": "profile=laptop",
+        "optim.embed_lr": "rung=muon",
+        "optim.matrix_lr": "typed",
+        "accumulate": "typed",
+    }
+    assert expected.items() <= origin.items()
+
+
+def test_auto_profile_is_what_the_machine_says():
+    assert resolved(auto="paper").profile == "paper"
+    assert resolved(auto="laptop") == resolved("profile=laptop")
+    assert resolved("profile=paper", auto="laptop").profile == "paper"
+
+
+def test_aliases_stand_for_keys_that_exist():
+    assert set(ALIASES.values()) <= set(KNOWN)
+    assert not set(ALIASES) & set(KNOWN)
+    config = resolved("probes=weight", "probe_data=batch", "measure_every=5", "data=corpus")
+    assert (config.probes.names, config.probes.data) == (("weight",), "batch")
+    assert (config.probes.every, config.data.source) == (5, "corpus")
+
+
+def test_target_loss_is_the_rungs_unless_typed():
+    assert resolved("rung=muon", "profile=paper").target_loss == 3.3
+    assert resolved("rung=rope", "profile=paper").target_loss == 3.2
+    assert resolved("target_loss=none", "profile=paper").target_loss is None
+    assert resolved("target_loss=4", "profile=laptop").target_loss == 4.0
+
+
+def test_layers_are_described_by_what_they_changed():
+    config, origin = resolve(parse_command(["rung=muon", "seed=3"]), "laptop")
+    lines = describe_layers(config, origin)
+    assert [line.split(":")[0] for line in lines] == ["profile=laptop", "rung=muon", "typed"]
+    assert lines[-1] == "typed: seed=3"
+    assert "optim.embed_lr=0.0036" in lines[1]
+
+
+def test_help_shows_the_values_of_the_command():
+    page = help_text("usage", {"rung": "muon", "seed": "7"})
+    assert all(f"  {key}=" in page for key in KNOWN)
+    assert "  seed=7 " in page
+    assert "  optim.matrices=muon " in page
+
+
+# What is stored
+
+typed = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**31 - 1),
+        "batch": st.sampled_from([1, 2, 4, 8, 16]),
+        "optim.embed_lr": st.floats(1e-6, 10),
+        "optim.embed_betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+        "probes.layers": st.none() | st.lists(st.integers(0, 11)).map(tuple),
+        "probes.names": st.sampled_from([(), ("weight",), ("activation", "gradient")]),
+        "target_loss": st.none() | st.floats(0.1, 10),
+        "rung": st.sampled_from(RUNGS),
+        "tier": st.sampled_from(sorted(TIERS)),
+    },
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(typed)
+def test_a_configuration_survives_its_file(values):
+    words = [
+        f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in values.items()
+    ]
+    config = resolved(*words)
+    again = from_flat(json.loads(json.dumps(flatten(config), allow_nan=False)))
+    assert again == config
+    assert run_name(again) == run_name(config)
+    for key, value in values.items():
+        stored = flatten(config)[key]
+        assert (tuple(stored) if isinstance(stored, list) else stored) == value
+
+
+@pytest.mark.parametrize(
+    ("flat", "said"),
+    [
+        ({"sede": 1}, "stored configuration has the unknown key sede=1"),
+        ({"seed": "1"}, "Expected 'seed' to be int, got str"),
+        ({"size.n_head": 5}, "size.n_head=5 does not divide size.n_embd=768"),
+        ({"probes.names": ["all"]}, "probes.names=all: choose among"),
+    ],
+)
+def test_a_damaged_stored_configuration_is_refused(flat, said):
+    with pytest.raises(UsageError, match=f"^{said}"):
+        from_flat(flat)
+
+
+def test_run_names_are_stable_and_tell_runs_apart():
+    config = resolved("profile=laptop", "rung=untied")
+    name = run_name(config)
+    assert name == run_name(resolved("rung=untied", "profile=laptop"))
+    assert name.startswith("untied-d12-laptop-b8-s0-")
+    assert len(name.rpartition("-")[2]) == 8
+    assert name == run_name(resolved("rung=untied", "out=/x", "resume=never"))
+    others = ("seed=1", "optim.matrix_lr=0.03", "data=corpus", "probes=", "tier=d24")
+    names = {run_name(resolved("rung=untied", word)) for word in others}
+    assert len(names | {name}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("tier", "layers"),
+    [
+        ("d12", (0, 3, 6, 9, 11)),
+        ("d24", (0, 6, 12, 17, 23)),
+        ("d36", (0, 9, 18, 26, 35)),
+        ("d48", (0, 12, 24, 35, 47)),
+    ],
+)
+def test_probed_layers_are_the_published_ones(tier, layers):
+    assert probed_layers(resolved(f"tier={tier}")) == layers
+    assert probed_layers(resolved(f"tier={tier}", "probes.layers=2,1")) == (2, 1)
+
+
+def test_few_layers_are_probed_once_each():
+    assert probed_layers(resolved("size.n_layer=1")) == (0,)
+    assert probed_layers(resolved("size.n_layer=3")) == (0, 1, 2)

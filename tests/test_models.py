@@ -1,0 +1,242 @@
+"""Every rung at tiny size: causality, taps, starts, dtypes, and the parts against slow twins."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import (
+    LAYERS,
+    ROW,
+    VOCAB,
+    WIDTH,
+    TinyModel,
+    flat,
+    quick_compiler,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
+
+from models.attention import blocked_attention
+from models.config import SizeConfig
+from models.gpt import GPT, flops_per_token, init_params, token_loss
+from models.ladder import RUNGS
+from models.rotary import BASE, rotary_tables, rotate
+
+BLOCK_TAPS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+# Parameters with a gradient at the start (ladder spec 15.12); a rung not named here: all of them.
+MOVING = {"baseline": r"wte/|wpe/|.*c_proj/", "muon": r"wte/|.*c_proj/", "untied": r"lm_head/"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiler():
+    with quick_compiler():
+        yield
+
+
+@pytest.fixture(params=RUNGS)
+def tiny(request):
+    return tiny_model(request.param)
+
+
+# Every rung
+
+
+def test_loss_is_finite_and_near_that_of_a_guess(tiny):
+    (loss, _), grads = tiny.loss_and_grads(tiny.start, random_tokens())
+    assert abs(float(loss) - math.log(VOCAB)) < 1.0
+    if tiny.config.arch.zero_head:
+        assert float(loss) == pytest.approx(math.log(VOCAB), abs=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_taps_are_all_there_and_add_up(tiny):
+    taps = tiny.taps(tiny.shaken, random_tokens())
+    names = {f"h_{i}/{tap}" for i in range(LAYERS) for tap in BLOCK_TAPS}
+    assert names | {"final_norm", "logits"} <= taps.keys()
+    for name, tap in taps.items():
+        assert tap.shape == (4, ROW, VOCAB if name == "logits" else WIDTH), name
+        assert tap.dtype == np.float32, name
+    for i in range(LAYERS):
+        stream, attn, middle, mlp, end = (taps[f"h_{i}/{name}"] for name in BLOCK_TAPS)
+        np.testing.assert_allclose(stream + attn, middle, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(middle + mlp, end, rtol=1e-6, atol=1e-5)
+    last = taps[f"h_{LAYERS - 1}/resid_post"].astype(np.float64)
+    expected = last / np.sqrt((last**2).mean(-1, keepdims=True) + tiny.config.arch.norm_eps)
+    np.testing.assert_allclose(taps["final_norm"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", [0, 1, 15, 16, ROW - 1])
+def test_a_token_changes_no_logits_before_it(tiny, position):
+    tokens = random_tokens()
+    changed = tokens.copy()
+    changed[:, position] = (tokens[:, position] + 1) % VOCAB
+    before, after = (tiny.taps(tiny.shaken, each)["logits"] for each in (tokens, changed))
+    moved = np.abs(after - before).max(axis=(0, 2))
+    assert (moved[:position] == 0).all()
+    assert (moved[position:] > 0).all()
+
+
+def test_gradients_of_logits_reach_all_tokens_up_to_them_and_none_after(tiny):
+    """The row of a token's own embedding is the way; logits of absent words spare a tied head."""
+    tokens = jnp.arange(ROW)[None]  # all different, so each position has a row of its own
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=VOCAB - ROW), jnp.float32)
+
+    def words_at(params, position):
+        logits, _ = tiny.model.apply({"params": params}, tokens)
+        return logits[0, position, ROW:] @ weights
+
+    slope = jax.jit(jax.grad(words_at))
+    for position in (0, 15, 20, ROW - 1):
+        for table, grad in slope(tiny.shaken, position).items():
+            if table in ("wte", "wpe"):
+                reached = np.abs(np.asarray(grad["embedding"]))[:ROW].max(-1)
+                assert (reached[: position + 1] > 0).all(), table
+                assert (reached[position + 1 :] == 0).all(), table
+
+
+def test_one_step_lowers_the_loss(tiny):
+    _, first, second = tiny.two_steps
+    assert bool(first["finite"])
+    assert float(second["loss"]) < float(first["loss"])
+
+
+def test_bfloat16_is_close_and_float32_where_it_matters(tiny):
+    half = GPT(tiny.config.arch, tiny.config.size, jnp.bfloat16)
+    tokens = random_tokens()
+    logits, taps = jax.jit(lambda p: half.apply({"params": p}, tokens[:, :-1]))(tiny.shaken)
+    expected = tiny.taps(tiny.shaken, tokens)["logits"]
+    assert logits.dtype == jnp.float32
+    assert taps["h_1/resid_post"].dtype == jnp.float32
+    assert taps["h_1/attn_out"].dtype == jnp.bfloat16
+    assert 0 < np.abs(np.asarray(logits) - expected).max() < 0.1 * expected.std()
+    start = jax.eval_shape(lambda: init_params(half, 0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
+
+
+def test_a_token_outside_the_vocabulary_gives_nan(tiny):
+    tokens = random_tokens()
+    tokens[0, 20] = VOCAB
+    missing = np.isnan(tiny.taps(tiny.shaken, tokens)["logits"]).all(-1)
+    assert missing[0, 20:].all()
+    assert not missing[1:].any()
+
+
+# The start
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_gradients_and_first_update_of_the_start(rung):
+    tiny = tiny_model(rung)
+    _, grads = tiny.loss_and_grads(tiny.start, random_tokens())
+    start, after = flat(tiny.start), flat(tiny.two_steps[0])
+    for path, grad in flat(grads).items():
+        moves = re.match(MOVING.get(rung, ""), path) is not None
+        assert (np.abs(grad).max() > 0) == moves, path
+        assert after[path].dtype == np.float32, path
+        assert np.isfinite(after[path]).all(), path
+        if moves or tiny.config.optim.weight_decay == 0:
+            assert (after[path] != start[path]).any() == moves, path
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_starts_are_those_of_the_table(rung):
+    tiny = tiny_model(rung)
+    arch = tiny.config.arch
+    start, torch = flat(tiny.start), arch.init == "torch"
+    for path, leaf in start.items():
+        zero = path.endswith("bias") or (path == "lm_head/kernel" and arch.zero_head)
+        zero = zero or ("c_proj" in path and arch.zero_proj)
+        bound, deviation = leaf.shape[0] ** -0.5, None
+        if zero:
+            bound = 0.0
+        elif path == "wte/embedding" and torch and arch.head == "tied":
+            bound = WIDTH**-0.5
+        elif path in ("wte/embedding", "wpe/embedding"):
+            deviation = 1.0 if torch else 0.02
+        elif not torch:
+            deviation = 0.02 / (2 * LAYERS) ** 0.5 if "c_proj" in path else 0.02
+        if deviation is None:
+            assert np.abs(leaf).max() <= bound, path
+            deviation = bound / 3**0.5
+        assert leaf.std() == pytest.approx(deviation, rel=0.08, abs=1e-12), path
+        assert abs(leaf.mean()) <= 5 * deviation / leaf.size**0.5, path
+    random = [leaf for path, leaf in start.items() if "c_q" in path or "c_k" in path]
+    assert len({leaf.tobytes() for leaf in random}) == 2 * LAYERS  # no two start alike
+    assert not np.array_equal(tiny.start_of(1)["wte"]["embedding"], start["wte/embedding"])
+
+
+def test_gradient_of_a_tied_head_is_the_sum_of_both_uses():
+    tied, apart = tiny_model("muon"), TinyModel("muon", arch__head="untied")
+    _, grads = tied.loss_and_grads(tied.shaken, random_tokens())
+    head = {"lm_head": {"kernel": tied.shaken["wte"]["embedding"].T}}
+    _, parts = apart.loss_and_grads(tied.shaken | head, random_tokens())
+    total = parts["wte"]["embedding"] + parts.pop("lm_head")["kernel"].T
+    np.testing.assert_allclose(grads["wte"]["embedding"], total, rtol=1e-4, atol=1e-6)
+    assert np.abs(np.asarray(parts["wte"]["embedding"])).max() > 1e-3
+    for path, grad in flat(parts).items():
+        if path != "wte/embedding":
+            np.testing.assert_allclose(flat(grads)[path], grad, rtol=1e-4, atol=1e-6)
+
+
+# The parts
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rotary_turns_complex_numbers(sign):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 3, 8)).astype(np.float32)
+    got = rotate(jnp.asarray(x), *rotary_tables(9, 8, jnp.float32), sign)
+    angle = np.arange(9)[:, None] * BASE ** (-np.arange(0, 8, 2) / 8)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * sign * angle)[None, :, None]
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=2e-6)
+    spoken = rotate(jnp.asarray(x), *rotary_tables(9, 8, jnp.bfloat16), sign)
+    assert spoken.dtype == jnp.float32
+    assert 1e-4 < np.abs(np.asarray(spoken - got)).max() < 0.03
+
+
+def dense_attention(q, k, v):
+    """float64, one query at a time."""
+    rows, length, heads, width = q.shape
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(rows, length, heads):
+        scores = k[b, : t + 1, h] @ q[b, t, h] / width**0.5
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights @ v[b, : t + 1, h] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 33])
+def test_blocked_attention_is_a_masked_softmax(length):
+    rng = np.random.default_rng(length)
+    q, k, v = rng.normal(size=(3, 2, length, 3, 4)) * 2
+    got = jax.jit(blocked_attention)(*(jnp.asarray(each, jnp.float32) for each in (q, k, v)))
+    np.testing.assert_allclose(got, dense_attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_token_loss_is_numpys():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(2, 5, 11)) * 10, rng.integers(0, 11, (2, 5))
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    got = token_loss(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    targets[1, 2] = 11
+    outside = token_loss(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
+    assert np.argwhere(np.isnan(np.asarray(outside))).tolist() == [[1, 2]]
+
+
+def test_flops_are_those_of_every_product():
+    size = SizeConfig(
+        n_layer=3, n_head=2, n_embd=16, vocab_size=50, block=8, short_row=24, long_row=24
+    )
+    model = GPT(tiny_config("untied").arch, size)
+    kernels = [s.size for s in jax.tree.leaves(jax.eval_shape(lambda: init_params(model, 0)))]
+    multiplications = 24 * (sum(kernels) - 50 * 16)  # the embedding is a lookup
+    for query in range(24):
+        multiplications += 3 * 2 * 16 * (query + 1)  # scores and mixing, in three layers
+    # two operations each, and twice as many backward as forward
+    assert flops_per_token(size, 24) == pytest.approx(6 * multiplications / 24)

@@ -1,0 +1,98 @@
+"""Per-sample gradients of every matrix from one backward pass, against vmap(grad) and a loop."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import LAYERS, VOCAB, TinyModel, flat, quick_compiler, random_tokens, tiny_model
+
+from experiments.config import MATRICES
+from lens_jax.gradients import Sink, per_sample_gradients
+from lens_jax.probes import gradient_probe, spectra
+from lens_jax.spectra import gram_with_mean
+from lens_jax.step import Lens, ProbeBatch, make_measure_step
+from models.ladder import RUNGS
+
+SAMPLES = 4
+TOLERANCE = 1e-5  # of the largest entry
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiler():
+    with quick_compiler():
+        yield
+
+
+def one_backward(model: TinyModel, paths, params) -> dict[str, np.ndarray]:
+    """Gram matrices from the sinks of one pass over all samples."""
+    sink = Sink(SAMPLES)
+    lens = Lens((gradient_probe(paths, sink),), paths, sink)
+    batch = ProbeBatch({"tokens": random_tokens(SAMPLES)})
+    summaries, loss = make_measure_step(model.loss_fn, lens)(params, batch)
+    assert np.isfinite(float(loss))
+    return {name: np.asarray(value) for name, value in summaries.items()}
+
+
+def looped(model: TinyModel, params) -> dict[str, np.ndarray]:
+    """Rows (N, P) of every parameter by plain autograd, one sample after another.
+
+    A sample is repeated to fill a batch: the mean loss over copies is its own.
+    """
+    rows = []
+    for tokens in random_tokens(SAMPLES):
+        _, grads = model.loss_and_grads(params, np.broadcast_to(tokens, (4, len(tokens))))
+        rows.append(flat(grads))
+    return {path: np.stack([row[path].ravel() for row in rows]) for path in rows[0]}
+
+
+def close(got, expected, name):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max(), err_msg=name
+    )
+
+
+def gram64(rows: np.ndarray) -> np.ndarray:
+    """What `gram_with_mean` computes, in float64."""
+    rows = rows.astype(np.float64)
+    stacked = np.concatenate([rows - rows.mean(0), rows.mean(0, keepdims=True)])
+    return stacked @ stacked.T
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_one_backward_is_every_samples_own(rung):
+    model = tiny_model(rung)
+    params = model.shaken
+    paths = tuple(
+        f"h_{i}/{name.replace('.', '/')}/kernel" for i in range(LAYERS) for name in MATRICES
+    )
+    if rung == "rope":
+        assert "h_1/attn/c_proj/bias" in flat(params)  # the observed product stands beside a bias
+    if "lm_head" in params:
+        paths += ("lm_head/kernel",)
+    summaries = one_backward(model, paths, params)
+    found = spectra(summaries, np)
+    batch = {"tokens": random_tokens(SAMPLES)}
+    mapped = jax.jit(lambda p: per_sample_gradients(model.loss_fn, p, batch, paths))(params)
+    rows = looped(model, params)
+    for path in paths:
+        expected = gram64(rows[path])
+        assert np.abs(expected).max() > 0
+        close(mapped[path].reshape(SAMPLES, -1), rows[path], f"vmap(grad) of {path}")
+        close(gram_with_mean(mapped[path].reshape(SAMPLES, -1)), expected, f"Gram, vmap {path}")
+        close(summaries[f"grad/{path}"], expected, f"Gram of {path}")
+        values = np.linalg.svd(rows[path].astype(np.float64), compute_uv=False)
+        close(found[f"grad_singular_values/{path}"], values, path)
+        centred = rows[path] - rows[path].astype(np.float64).mean(0)
+        values = np.linalg.svd(centred, compute_uv=False)[: SAMPLES - 1]
+        close(found[f"grad_singular_values_centred/{path}"][: SAMPLES - 1], values, path)
+
+
+def test_the_sink_of_a_tied_head_holds_its_use_as_head():
+    """The embedding's other use, the lookup, is no product and has no part in it."""
+    tied, apart = tiny_model("muon"), TinyModel("muon", arch__head="untied")
+    summaries = one_backward(tied, ("wte/embedding",), tied.shaken)
+    head = tied.shaken["wte"]["embedding"].T
+    rows = looped(apart, tied.shaken | {"lm_head": {"kernel": head}})
+    assert rows["lm_head/kernel"].shape == (SAMPLES, head.size)
+    assert head.shape[1] == VOCAB
+    close(summaries["grad/wte/embedding"], gram64(rows["lm_head/kernel"]), "tied head")
