@@ -46,10 +46,10 @@ RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 class NotFinite(Exception):
     """A loss or gradient that is not finite; raised before that step updates or saves anything."""
 
-    def __init__(self, kind: str, step: int, loss: float, grad_norm: float | None = None):
-        norm = "" if grad_norm is None else f" and gradient norm {grad_norm}"
-        super().__init__(f"{kind} loss {loss}{norm} at step {step}")
-        self.kind, self.step, self.loss, self.grad_norm = kind, step, loss, grad_norm
+    def __init__(self, kind: str, step: int, numbers: dict[str, float]):
+        spelled = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        super().__init__(f"not finite at {kind} step {step}: {spelled}")
+        self.kind, self.step, self.numbers = kind, step, numbers
 
 
 class Interrupt:
@@ -211,7 +211,7 @@ class Loop:
         began = time.monotonic()
         loss = float(self.run_.evaluate(state.params))
         if not math.isfinite(loss):
-            raise NotFinite("validation", step, loss)
+            raise NotFinite("validation", step, {"loss": loss})
         self.val_losses[step] = loss
         row = {
             "kind": "val",
@@ -240,9 +240,10 @@ class Loop:
         now = time.monotonic()
         seconds = None if self.fetched_at is None else now - self.fetched_at
         self.fetched_at = now
-        if not metrics["finite"]:
-            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            raise NotFinite("training", step, loss, grad_norm)
+        finite = metrics.pop("finite")
+        numbers = {name: float(value) for name, value in metrics.items()}
+        if not finite:
+            raise NotFinite("training", step, numbers)
         if measured:
             self._submit(step, measured)
         if measured_only:
@@ -252,8 +253,7 @@ class Loop:
             "kind": "train",
             "step": step,
             "tokens": (step + 1) * self.config.tokens_per_step,
-            "loss": float(metrics["loss"]),
-            "grad_norm": float(metrics["grad_norm"]),
+            **numbers,
             **learning_rates(self.config.optim, self.schedule.horizon, step),
             "window_blocks": None,
             "step_time_s": seconds,
@@ -308,8 +308,7 @@ class Loop:
             "kind": error.kind,
             "step": error.step,
             "tokens": error.step * self.config.tokens_per_step,
-            "loss": str(error.loss),
-            "grad_norm": str(error.grad_norm) if training else None,
+            **{name: str(value) for name, value in error.numbers.items()},
             "window_indices": sample_indices(error.step, windows, **order) if training else None,
             "last_checkpoint": self.checkpoints.latest(),
         }

@@ -73,8 +73,9 @@ def make_train_step(
     donated. With measure, measured holds what the lens saw at the parameters *before* the update:
     on probe_batch (probe_data="fixed") or on the training batch's own passes ("batch"), as
     summaries (eigen="host", see `probes.spectra`) or spectra ("graph"); otherwise it is empty.
-    metrics: loss, grad_norm and finite; a step whose loss or gradient is not finite leaves
-    parameters and optimizer state as they were.
+    metrics: loss, the global norms grad_norm, update_norm and param_norm (before the update), and
+    finite; a step of which any of these is not finite leaves parameters and optimizer state as
+    they were.
     """
     blind = Lens(())
 
@@ -88,12 +89,17 @@ def make_train_step(
             measured, _ = measure_lens(loss_fn, lens, state.params, probe_batch)
         if eigen == "graph":
             measured = spectra(measured, jnp)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(state.params),
+        }
+        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}, measured
+        return new, metrics | {"finite": finite}, measured
 
     return step
 

@@ -1,0 +1,125 @@
+"""Meshes, where arrays lie on them, and the same training on 1 and on 8 devices."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import ROOT, make_data, make_words, numbers, train
+
+from experiments import devices
+from lens_jax.records import read_step
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+ONE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Twenty steps on one device and on eight."""
+    folder = tmp_path_factory.mktemp("devices")
+    words = make_words(make_data(folder), 20, optim__ns_dtype="float32")
+    for name, count, env in (("one", 1, ONE), ("eight", 8, EIGHT)):
+        code, out, err = train([*words, f"out={folder / name}"], folder / "cache", **env)
+        assert (code, err) == (0, "")
+        assert f"parameters on {count} x cpu" in out
+    return folder / "one", folder / "eight"
+
+
+def test_losses_of_one_and_eight_devices_agree(runs):
+    one, eight = (numbers(run) for run in runs)
+    assert [(row["kind"], row["step"]) for row in one] == [
+        (row["kind"], row["step"]) for row in eight
+    ]
+    assert sum(row["kind"] == "train" for row in one) == 20
+    for key in ("loss", "grad_norm"):
+        wanted, got = ([row[key] for row in rows if key in row] for rows in (one, eight))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5, err_msg=key)
+
+
+def test_spectra_of_one_and_eight_devices_agree(runs):
+    names = [sorted(path.name for path in (run / "spectra").iterdir()) for run in runs]
+    assert names[0] == names[1]
+    for name in names[0]:
+        (meta, one), (other_meta, eight) = (read_step(run / "spectra" / name) for run in runs)
+        assert meta["probe_hash"] == other_meta["probe_hash"]
+        for key, wanted in one.items():
+            if key.startswith("grad_singular_values_centred/"):
+                wanted, eight[key] = wanted[:-1], eight[key][:-1]  # the last is 0 but for rounding
+            np.testing.assert_allclose(
+                eight[key], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max(), err_msg=key
+            )
+
+
+# Meshes and placement
+
+
+def python(code, **env):
+    """Standard output of a Python process in which jax has not been used yet."""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    return process.stdout.split("\n")[:-1]
+
+
+def test_a_mesh_takes_as_many_devices_as_divide_the_rows():
+    lines = python(
+        "import numpy as np\n"
+        "from experiments.devices import make_mesh, place_rows, replicated, split_cpu\n"
+        "split_cpu()\n"  # the user has chosen: nothing changes
+        "print(*(make_mesh(rows).size for rows in (1, 6, 7, 8, 12, 16, 22)))\n"
+        "mesh = make_mesh(8)\n"
+        "for rows in (16, 8, 6):\n"
+        "    tokens = np.arange(2 * rows * 3).reshape(2, rows, 3)\n"
+        "    placed = place_rows(mesh, tokens, axis=1)\n"
+        "    assert np.array_equal(placed, tokens)\n"
+        "    print(*placed.sharding.shard_shape(tokens.shape), placed.is_fully_replicated)\n"
+        "print(*replicated(mesh).shard_shape((5, 3)))\n",
+        **EIGHT,
+    )
+    assert lines == ["1 6 7 8 6 8 2", "2 2 3 False", "2 1 3 False", "2 6 3 True", "5 3"]
+
+
+def test_a_cpu_is_split_in_two_unless_the_user_has_chosen():
+    code = "from experiments.devices import *\nsplit_cpu()\nimport jax\nprint(jax.device_count())"
+    cores = "import os\nprint(min(2, os.cpu_count()))"
+    assert python(code) == python(cores)
+    assert python(code, JAX_NUM_CPU_DEVICES="3") == ["3"]
+
+
+def test_peak_flops_of_a_mesh():
+    def mesh(kind):
+        device = SimpleNamespace(device_kind=kind)
+        return SimpleNamespace(devices=np.array([device, device]), size=2)
+
+    assert devices.peak_flops(mesh("NVIDIA H100 80GB HBM3")) == 2 * 989.5e12
+    assert devices.peak_flops(mesh("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "memory", "profile"),
+    [
+        ("gpu", 105e9, "paper"),
+        ("gpu", 18e9, "laptop"),
+        ("gpu", None, "laptop"),
+        ("cpu", 0, "laptop"),
+    ],
+)
+def test_the_profile_depends_on_the_memory_of_the_accelerator(
+    monkeypatch, platform, memory, profile
+):
+    stats = None if memory is None else {"bytes_limit": memory}
+    device = SimpleNamespace(
+        platform=platform, device_kind="NVIDIA A100", memory_stats=lambda: stats
+    )
+    monkeypatch.setattr(devices, "ACCELERATOR_PLUGINS", ("jax",))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert devices.auto_profile()[0] == profile
+
+
+def test_without_a_plugin_jax_is_not_asked(monkeypatch):
+    monkeypatch.setattr(devices, "ACCELERATOR_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("asked"))
+    assert devices.auto_profile()[0] == "laptop"
