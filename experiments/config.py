@@ -309,8 +309,9 @@ def help_text(usage: str, words: Mapping[str, str]) -> str:
 def describe_layers(config: RunConfig, origin: Mapping[str, str]) -> list[str]:
     """One line a layer: the keys whose final value that layer set and that differ from default."""
     flat, known = flatten(config), leaves(RunConfig)
+    order = {"tier": 0, "profile": 1, "rung": 2, "typed": 3}
     by_layer: dict[str, list[str]] = {}
-    for key, layer in origin.items():
+    for key, layer in sorted(origin.items(), key=lambda item: order[item[1].partition("=")[0]]):
         default = known[key].default
         default = list(default) if isinstance(default, tuple) else default
         if flat[key] != default and key not in ("tier", "profile", "rung"):
