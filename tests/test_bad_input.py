@@ -48,7 +48,7 @@ TRAIN = (
     ("profile=laptop", "profile is given twice"),
     ("compute_dtype=fp8", "compute_dtype=fp8: give one of auto"),
     ("arch.qk_norm=maybe", "arch.qk_norm=maybe: give true or false"),
-    ("arch.norm_eps=0", "arch.norm_eps=0.0: give a positive"),
+    ("arch.norm_eps=0", "arch.norm_eps=0.0: give a number between 0 and 1"),
     ("rung=muon arch.zero_head=true", "arch.zero_head=True with arch.head=tied"),
     ("size.n_head=7", "size.n_head=7 does not divide"),
     ("size.n_embd=90", "odd heads of 15"),
