@@ -247,7 +247,7 @@ def laptop(tier: str) -> dict[str, Any]:
         "size.short_row": 128,
         "size.long_row": 512,
         "accumulate": 1,
-        "max_tokens": 2**20,
+        "max_tokens": 5 * 2**17,
         "target_loss": None,
         "anneal": "budget",
         "time_scale": 0.1,
