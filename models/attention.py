@@ -20,8 +20,8 @@ def causal_attention(q: jnp.ndarray, k: jnp.ndarray, v: jnp.ndarray) -> jnp.ndar
 def blocked_attention(q: jnp.ndarray, k: jnp.ndarray, v: jnp.ndarray) -> jnp.ndarray:
     """As `causal_attention`, each block of queries against the keys up to its own end only.
 
-    Skipping the upper triangle and keeping heads in the leading axis makes the training step on
-    CPU faster than one dense product does.
+    The upper triangle beyond the block is never computed, and heads join the rows in one leading
+    axis, so that every product is a plain batched one.
     """
     rows, length, heads, width = q.shape
     q, k, v = (
