@@ -14,7 +14,7 @@ from experiments.devices import make_mesh, place_rows, replicated
 from experiments.loss import make_loss
 from experiments.schedule import Schedule
 from lens_jax.gradients import Sink
-from lens_jax.probes import activation_probe, gradient_probe, weight_probe
+from lens_jax.probes import PROBES
 from lens_jax.step import Lens, ProbeBatch, TrainState, init_state, make_train_step
 from models.gpt import GPT, init_params
 from optim.groups import make_optimizer
@@ -75,15 +75,12 @@ def make_lens(config: RunConfig) -> Lens:
         passes = max(1, samples // config.probes.chunk)
     sink = Sink(samples // passes, "rows" if passes > 1 else "gram")
     sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
-    probes = []
-    if "activation" in config.probes.names:
-        probes.append(activation_probe(sites))
-    if "gradient" in config.probes.names:
-        probes.append(gradient_probe(paths, sink, passes))
-    if "weight" in config.probes.names:
-        probes.append(weight_probe(paths))
+    arguments = {"activation": (sites,), "gradient": (paths, sink, passes), "weight": (paths,)}
+    probes = tuple(
+        probe(*arguments[name]) for name, probe in PROBES.items() if name in config.probes.names
+    )
     watched = paths if "gradient" in config.probes.names else ()
-    return Lens(tuple(probes), watched, sink if watched else None, 1 if on_batch else passes)
+    return Lens(probes, watched, sink if watched else None, 1 if on_batch else passes)
 
 
 def read_yardstick(files: TokenFiles) -> float | None:
