@@ -25,7 +25,8 @@ from typing import Any, Literal
 
 import chz
 
-from experiments.config import ALIASES, PROBES, RunConfig, probed_layers, resolve
+from experiments.config import PROBES, RunConfig, probed_layers
+from experiments.resolve import ALIASES, resolve
 from models.command_line import (
     Layer,
     UsageError,

@@ -1,40 +1,21 @@
-"""The configuration of a run: typed fields, the layers they come from, and every check on them.
+"""The configuration of a run: typed fields and every check on them.
 
-Precedence, whatever the order typed: defaults < tier < profile < rung < typed keys. The defaults
-are the published d12 run. Nothing here imports jax, so a wrong key is refused at once.
+The defaults are the published d12 run. Nothing here imports jax, so a wrong key is refused at once;
+`experiments.resolve` lays tiers, profiles, rungs and typed keys over one another.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import chz
 
-from models.command_line import (
-    Layer,
-    UsageError,
-    build,
-    cast_words,
-    check_path,
-    flatten,
-    help_page,
-    leaves,
-    parse_words,
-)
-from models.config import TIERS, ArchConfig, SizeConfig
-from models.ladder import RUNGS, rung_values
+from models.command_line import check_path
+from models.config import ArchConfig, SizeConfig, check_depth
+from models.ladder import ALL_RUNGS, DEFAULT_RUNG, LADDERS
 from optim.config import OptimConfig
 
 PROBES = ("activation", "gradient", "weight")
 MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MOST_TOKENS = 10**15  # a thousand times the largest published training runs
-ALIASES = {
-    "data": "data.source",
-    "probes": "probes.names",
-    "probe_data": "probes.data",
-    "measure_every": "probes.every",
-}
 
 
 @chz.chz
@@ -140,7 +121,10 @@ class RunConfig:
         default="auto",
         doc="published sizes, or small ones; auto: paper on an accelerator of 40 GB or more",
     )
-    rung: Literal[RUNGS] = chz.field(default=RUNGS[-1], doc="architecture and optimizer")
+    rung: Literal[ALL_RUNGS] = chz.field(default=DEFAULT_RUNG, doc="architecture and optimizer")
+    ladder: Literal[tuple(LADDERS)] = chz.field(
+        default="published", doc="rungs with the published riders, or one change a rung"
+    )
     batch: int = chz.field(default=8, doc="long rows per optimizer step (the batch tier)")
     accumulate: int = chz.field(default=8, doc="micro-batches per optimizer step")
     seed: int = chz.field(default=0, doc="initial weights and order of the data")
@@ -165,6 +149,12 @@ class RunConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto", doc="of the matrix products; auto: bfloat16 on accelerators"
     )
+    attention: Literal["auto", "dense", "blocked", "cudnn", "pallas"] = chz.field(
+        default="auto", doc="implementation; auto: the fastest that device and rung allow"
+    )
+    remat: bool = chz.field(
+        default=False, doc="compute blocks again in the backward pass instead of keeping them"
+    )
     out: str = chz.field(default="auto", doc="run folder; auto: runs/<name of the configuration>")
     resume: Literal["auto", "never", "must"] = chz.field(
         default="auto", doc="continue from the newest checkpoint in the run folder"
@@ -178,7 +168,7 @@ class RunConfig:
     @property
     def row(self) -> int:
         """Tokens in a row of this rung."""
-        return self.size.short_row
+        return self.size.long_row if self.arch.row == "long" else self.size.short_row
 
     @property
     def tokens_per_step(self) -> int:
@@ -194,6 +184,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
         check_path("out", self.out)
+        check_depth(self.arch, self.size)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed}: give 0 to {2**31 - 1}")
         if self.rows_per_step % self.accumulate:
@@ -233,111 +224,6 @@ class RunConfig:
                 raise ValueError(
                     f"probes.layers={layer}: the model has layers 0 to {self.size.n_layer - 1}"
                 )
-
-
-def laptop(tier: str) -> dict[str, Any]:
-    """Sizes at which a run takes minutes on two CPU cores, every mechanism kept.
-
-    Width is an eighth, a mask block 16 tokens instead of 128, a long row 32 blocks instead of 512;
-    published schedule lengths shrink tenfold in steps (1,280-fold in tokens).
-    """
-    return {
-        "size.n_embd": TIERS[tier]["size.n_embd"] // 8,
-        "size.block": 16,
-        "size.short_row": 128,
-        "size.long_row": 512,
-        "accumulate": 1,
-        "max_tokens": 5 * 2**17,
-        "target_loss": None,
-        "anneal": "budget",
-        "time_scale": 0.1,
-        "val_every": 2**17,
-        "checkpoint_every": 2**18,
-        "data.val_tokens": 2**15,
-        "data.probe_offset": 2**16,
-        "data.corpus_vocab": 1024,
-        "probes.window": 128,
-        "probes.windows": 128,
-        "probes.gradient_windows": 64,
-        "probes.first": 2**14,
-        "probes.linear_from": 2**20,
-    }
-
-
-PROFILES = {"paper": lambda tier: {}, "laptop": laptop}
-
-
-def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dict[str, str]]:
-    """The run that typed words ask for, and for every key set the layer that set it.
-
-    `auto_profile` is what profile=auto stands for on this machine. Raises UsageError with one line
-    naming the key, the value and the mend.
-    """
-    typed = cast_words(RunConfig, words)
-    defaults = RunConfig()
-    tier = typed.get("tier", defaults.tier)
-    profile = typed.get("profile", defaults.profile)
-    profile = auto_profile if profile == "auto" else profile
-    rung = typed.get("rung", defaults.rung)
-    layers = (
-        Layer(f"tier={tier}", TIERS[tier]),
-        Layer(f"profile={profile}", PROFILES[profile](tier)),
-        Layer(f"rung={rung}", rung_values(rung)),
-        Layer("typed", typed | {"profile": profile}),
-    )
-    config, origin = build(RunConfig, layers)
-    if config.target_loss == "published":
-        config = chz.replace(config, target_loss=config.published_target)
-    return config, origin
-
-
-def parse_command(argv: list[str]) -> dict[str, str]:
-    """Words of a command line with aliases resolved; every key is known."""
-    words = parse_words(argv, ALIASES)
-    if words.get("rung", RUNGS[-1]) not in RUNGS:
-        rung_values(words["rung"])  # names the rungs that are built
-    cast_words(RunConfig, words)
-    return words
-
-
-def help_text(usage: str, words: Mapping[str, str]) -> str:
-    """`--help` of a command that takes a run's keys, with the values the other words give."""
-    config, _ = resolve(words, "laptop")
-    return help_page(usage, RunConfig, ALIASES, flatten(config))
-
-
-def describe_layers(config: RunConfig, origin: Mapping[str, str]) -> list[str]:
-    """One line a layer: the keys whose final value that layer set and that differ from default."""
-    flat, known = flatten(config), leaves(RunConfig)
-    order = {"tier": 0, "profile": 1, "rung": 2, "typed": 3}
-    by_layer: dict[str, list[str]] = {}
-    for key, layer in sorted(origin.items(), key=lambda item: order[item[1].partition("=")[0]]):
-        default = known[key].default
-        default = list(default) if isinstance(default, tuple) else default
-        if flat[key] != default and key not in ("tier", "profile", "rung"):
-            shown = flat[key]
-            shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
-            by_layer.setdefault(layer, []).append(f"{key}={shown}")
-    return [f"{layer}: {' '.join(values)}" for layer, values in by_layer.items()]
-
-
-def from_flat(flat: Mapping[str, Any]) -> RunConfig:
-    """The configuration stored in a run folder's config.json (dotted keys, lists for tuples)."""
-    known = leaves(RunConfig)
-    unknown = sorted(set(flat) - set(known))
-    if unknown:
-        raise UsageError(
-            f"stored configuration has the unknown key {unknown[0]}={flat[unknown[0]]}"
-        )
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in flat.items()}
-    return build(RunConfig, [Layer("stored", values)])[0]
-
-
-def run_name(config: RunConfig) -> str:
-    """A folder name that is the same for the same configuration and tells runs apart."""
-    flat = {k: v for k, v in flatten(config).items() if k not in ("out", "resume")}
-    digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.rung}-{config.tier}-{config.profile}-b{config.batch}-s{config.seed}-{digest}"
 
 
 def probed_layers(config: RunConfig) -> tuple[int, ...]:

@@ -31,13 +31,21 @@ from experiments.metrics import MetricsFile
 from experiments.progress import Display, format_rate, format_tokens
 from experiments.run_folder import RunFolder
 from experiments.schedule import Schedule, make_schedule
-from experiments.setup import Run, hold_out, make_run, read_yardstick
+from experiments.setup import (
+    Run,
+    hold_out,
+    make_run,
+    probe_at,
+    read_yardstick,
+    with_window,
+)
 from lens_jax.probes import spectra
 from lens_jax.records import RecordWriter
 from lens_jax.show import draw_run
 from lens_jax.step import TrainState
 from models.command_line import UsageError, flatten
-from models.gpt import flops_per_token
+from models.flops import flops_per_token
+from models.windows import widest_window, window_at
 from optim.groups import learning_rates
 
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -93,7 +101,10 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
             row["step"]: row["loss"] for row in metrics.truncate_from(start) if row["kind"] == "val"
         }
         writer = stack.enter_context(RecordWriter(folder.spectra))
-        flops = flops_per_token(config.size, config.row)
+        # keys are counted on the validation text, at the widest window
+        flops = flops_per_token(
+            config.arch, config.size, held.val[:, :-1], widest_window(config.arch, config.size)
+        )
         display = stack.enter_context(
             Display(schedule.num_steps, start, flops, peak_flops(run.mesh))
         )
@@ -186,7 +197,7 @@ class Loop:
                 measure = step in self.schedule.measure or bool(reason and config.probes.names)
                 if reason and not measure:
                     break
-                state, metrics, measured = self._dispatch(state, next(stream), measure)
+                state, metrics, measured = self._dispatch(step, state, next(stream), measure)
                 self._fetch()
                 self.pending = (step, metrics, measured)
                 if reason:
@@ -209,15 +220,22 @@ class Loop:
     def _validate(self, step: int, state: TrainState) -> None:
         self._fetch()
         began = time.monotonic()
-        loss = float(self.run_.evaluate(state.params))
+        window, widest = self._window(step), widest_window(self.config.arch, self.config.size)
+        loss = float(self.run_.evaluate(state.params, window))
         if not math.isfinite(loss):
             raise NotFinite("validation", step, {"loss": loss})
+        # the published loss is that of the step's own window, which punishes an early one
+        at_widest = loss
+        if window != widest:
+            at_widest = float(self.run_.evaluate(state.params, widest))
         self.val_losses[step] = loss
         row = {
             "kind": "val",
             "step": step,
             "tokens": step * self.config.tokens_per_step,
             "loss": loss,
+            "loss_widest_window": at_widest,
+            "window_blocks": self._window_blocks(step),
             "val_tokens": self.config.data.val_tokens,
             "seconds": time.monotonic() - began,
         }
@@ -225,10 +243,18 @@ class Loop:
         self.display.validation(row)
         self.fetched_at = None
 
-    def _dispatch(self, state: TrainState, rows: np.ndarray, measure: bool):
+    def _window(self, step: int) -> int | None:
+        return window_at(self.config.arch, self.config.size, step, self.schedule.window_steps)
+
+    def _window_blocks(self, step: int) -> float | None:
+        window = self._window(step)
+        return None if window is None else window / self.config.size.block
+
+    def _dispatch(self, step: int, state: TrainState, rows: np.ndarray, measure: bool):
+        mesh, window = self.run_.mesh, self._window(step)
         stacked = rows.reshape(self.config.accumulate, -1, rows.shape[1])
-        batches = {"tokens": place_rows(self.run_.mesh, stacked, axis=1)}
-        probe_batch = self.run_.probe_batch if measure else None
+        batches = with_window({"tokens": place_rows(mesh, stacked, axis=1)}, mesh, window)
+        probe_batch = probe_at(self.run_.probe_batch, mesh, window) if measure else None
         return self.run_.step(state, batches, probe_batch, measure=measure)
 
     def _fetch(self, measured_only: bool = False) -> None:
@@ -255,7 +281,7 @@ class Loop:
             "tokens": (step + 1) * self.config.tokens_per_step,
             **numbers,
             **learning_rates(self.config.optim, self.schedule.horizon, step),
-            "window_blocks": None,
+            "window_blocks": self._window_blocks(step),
             "step_time_s": seconds,
             "tokens_per_s": rate,
         }
@@ -269,6 +295,7 @@ class Loop:
 
     def _submit(self, step: int, measured: dict) -> None:
         meta = {"step": step, "tokens": step * self.config.tokens_per_step, **self.run_.facts}
+        meta["window_tokens"] = self._window(step)
         if step in self.val_losses:
             meta["val_loss"] = self.val_losses[step]
         if self.config.probes.eigen == "graph":

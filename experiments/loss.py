@@ -4,18 +4,35 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from models.gpt import GPT, dot, token_loss
+from models.gpt import GPT, dot, head_kernel, token_loss
+from models.head import head_loss
 
 
 def make_loss(model: GPT) -> Callable:
     """loss_fn(params, batch, linear) -> (mean cross-entropy in nats per token, taps).
 
-    batch: {"tokens": (B, T+1) int32}; position t predicts token t+1.
+    batch: {"tokens": (B, T+1) int32}, position t predicting token t+1, and for the windowed rungs
+    {"window": (B,) int32 tokens}, the widest window where it is absent. The loss is taken chunk by
+    chunk; only a `linear` whose `watched` names the head's kernel has the product to itself.
     """
 
     def loss_fn(params, batch, linear=dot):
-        tokens = batch["tokens"]
-        logits, taps = model.apply({"params": params}, tokens[:, :-1], linear)
-        return jnp.mean(token_loss(logits, tokens[:, 1:])), taps
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        logits, taps = model.apply({"params": params}, inputs, linear, batch.get("window"))
+        kernel, path = head_kernel(params, model.arch)
+        float8 = model.arch.head_dtype == "float8"
+        if path in getattr(linear, "watched", ()):
+            if float8:
+                raise ValueError(f"{path} is multiplied in float8 and cannot be watched")
+            return jnp.mean(token_loss(logits, targets)), taps
+        loss = head_loss(
+            taps["final_norm"],
+            kernel,
+            targets,
+            softcap=model.arch.softcap,
+            dtype=model.dtype,
+            float8=float8,
+        )
+        return loss, taps
 
     return loss_fn

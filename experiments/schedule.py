@@ -17,6 +17,7 @@ class Schedule(NamedTuple):
 
     num_steps: int
     horizon: Horizon
+    window_steps: int  # of the attention window's ramp
     validate: frozenset[int]
     measure: frozenset[int]
     checkpoint: frozenset[int]
@@ -39,6 +40,7 @@ def make_schedule(config: RunConfig) -> Schedule:
     return Schedule(
         num_steps=num_steps,
         horizon=horizon,
+        window_steps=_run_steps(config, config.arch.window_steps),
         validate=frozenset(_steps(config, _every(config, config.val_every, tokens)) | end),
         measure=frozenset(measure | end) if config.probes.names else frozenset(),
         checkpoint=frozenset(_steps(config, _every(config, config.checkpoint_every, tokens)) | end),

@@ -16,6 +16,8 @@ from experiments.schedule import Schedule
 from lens_jax.gradients import Sink
 from lens_jax.probes import PROBES
 from lens_jax.step import Lens, ProbeBatch, TrainState, init_state, make_train_step
+from models.attention import choose
+from models.command_line import UsageError
 from models.gpt import GPT, init_params
 from optim.groups import make_optimizer
 
@@ -23,7 +25,8 @@ from optim.groups import make_optimizer
 class Run(NamedTuple):
     """The compiled side of a run.
 
-    step: as `lens_jax.step.make_train_step` returns it. evaluate(params) -> mean validation loss.
+    step: as `lens_jax.step.make_train_step` returns it. evaluate(params, window) -> mean validation
+    loss at an attention window in tokens (None: the rung has none).
     fresh_state() -> TrainState on the mesh. probe_batch: the fixed probe set on the mesh, or None.
     facts: what every spectrum record says of this run. num_params: of the model.
     """
@@ -58,6 +61,17 @@ def compute_dtype(config: RunConfig):
     if config.compute_dtype == "auto":
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
+
+
+def make_model(config: RunConfig) -> GPT:
+    """The model of a configuration; raises UsageError for attention that cannot run here."""
+    dtype = compute_dtype(config)
+    masked = config.arch.documents or config.arch.window != "none"
+    try:
+        choose(config.attention, masked, dtype, config.size.head_dim)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return GPT(config.arch, config.size, dtype, config.attention, config.remat)
 
 
 def make_lens(config: RunConfig) -> Lens:
@@ -97,7 +111,7 @@ def make_run(
     """Builds everything that a training loop calls; nothing is compiled before its first call."""
     micro_rows = config.rows_per_step // config.accumulate
     mesh = make_mesh(micro_rows)
-    model = GPT(config.arch, config.size, compute_dtype(config))
+    model = make_model(config)
     loss_fn = make_loss(model)
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     tx = make_optimizer(config.optim, schedule.horizon, shapes)
@@ -130,11 +144,31 @@ def _make_evaluate(loss_fn, rows: np.ndarray, most_rows: int, mesh) -> Callable:
     chunks = place_rows(mesh, rows.reshape(-1, chunk, rows.shape[1]), axis=1)
 
     @jax.jit
-    def evaluate(params, chunks):
-        losses = jax.lax.map(lambda tokens: loss_fn(params, {"tokens": tokens})[0], chunks)
-        return jnp.mean(losses)
+    def evaluate(params, batches):
+        return jnp.mean(jax.lax.map(lambda batch: loss_fn(params, batch)[0], batches))
 
-    return lambda params: evaluate(params, chunks)
+    return lambda params, window: evaluate(params, with_window({"tokens": chunks}, mesh, window))
+
+
+def with_window(batch: dict, mesh, window: int | None) -> dict:
+    """A batch {"tokens": (..., B, T+1)} with the attention window of every row, (..., B) int32.
+
+    Without a window (None) the batch as it is.
+    """
+    if window is None:
+        return batch
+    rows = batch["tokens"].shape[:-1]
+    return batch | {"window": place_rows(mesh, np.full(rows, window, np.int32), axis=len(rows) - 1)}
+
+
+def probe_at(probe_batch: ProbeBatch | None, mesh, window: int | None) -> ProbeBatch | None:
+    """The fixed probe set as a step with this attention window measures it."""
+    if probe_batch is None:
+        return None
+    samples, more = (
+        None if batch is None else with_window(batch, mesh, window) for batch in probe_batch
+    )
+    return ProbeBatch(samples, more)
 
 
 def _place_probe_set(config: RunConfig, windows: np.ndarray, mesh) -> ProbeBatch:

@@ -10,14 +10,8 @@ same command again goes on where the run stopped, and a finished run is only rep
 
 import chz
 
-from experiments.config import (
-    RunConfig,
-    describe_layers,
-    help_text,
-    parse_command,
-    resolve,
-    run_name,
-)
+from experiments.config import RunConfig
+from experiments.resolve import describe_layers, help_text, parse_command, resolve, run_name
 from models.command_line import flatten, run_command
 
 FREE_ON_RESUME = ("out", "resume")
@@ -36,8 +30,7 @@ def main(argv: list[str]) -> int:
     from experiments.data import resolve_source
 
     files = resolve_source(config.data)
-    if config.size.vocab_size is None:
-        config = chz.replace(config, size=chz.replace(config.size, vocab_size=files.vocab_size))
+    config = sized_by(config, files.vocab_size, files.eot_token)
     files = files._replace(vocab_size=config.size.vocab_size)  # every token id must fit the model
     if config.out == "auto":
         config = chz.replace(config, out=f"runs/{run_name(config)}")
@@ -53,6 +46,14 @@ def main(argv: list[str]) -> int:
 
         split_cpu()
         return train(config, files, folder)
+
+
+def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
+    """The configuration with the data's vocabulary and document start where it has none."""
+    size = config.size
+    found = {"vocab_size": size.vocab_size or vocab_size}
+    found["eot_token"] = eot_token if size.eot_token is None else size.eot_token
+    return chz.replace(config, size=chz.replace(size, **found))
 
 
 def _choose_profile(words: dict[str, str]) -> tuple[RunConfig, dict[str, str], str]:

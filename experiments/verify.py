@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.command_line import Layer, UsageError, build, run_command
-from models.ladder import PLANNED, RUNGS, rung_values
+from models.ladder import RUNGS, rung_values
 
 LOGITS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-4
@@ -31,10 +31,11 @@ NEGLIGIBLE = 1e-7
 NUM_UPDATES = 3
 
 # What a fixture must hold to be compared at all.
-RUNG_META = ("n_layer", "n_head", "n_embd", "vocab_size", "T", "B", "logits_stride", "opt")
+RUNG_META = ("n_layer", "n_head", "n_embd", "vocab_size", "T", "B", "logits_stride")
 RUNG_ARRAYS = ("tokens", "targets", "logits", "loss")
 OPTIMIZER_META = ("embed", "head", "muon", "scalar", "adamw", "weight_decay", "momentum")
 OPTIMIZER_META += ("ns_steps", "ns_dtype", "clip")
+MASK_BLOCK = 128  # of the published windows; fixtures of the others have one block a row
 SPECTRA_META = ("weights_from", "N", "layers", "matrices")
 
 
@@ -103,14 +104,32 @@ def subset(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 
 def fixture_config(meta: dict[str, Any]):
-    """The run configuration of a fixture: its rung, at its size, with its optimizer settings."""
+    """The run configuration of a fixture: its rung, at its size, with its optimizer settings.
+
+    The later rungs' fixtures have a float32 head where their meta says so.
+    """
     from experiments.config import RunConfig
 
+    rung = rung_values(meta["rung"])
+    windowed = rung.get("arch.window", "none") != "none"
     size = {key: meta[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    size |= {"block": meta["T"], "short_row": meta["T"], "long_row": meta["T"] * meta["B"]}
+    size |= {"block": MASK_BLOCK if windowed else meta["T"], "eot_token": meta.get("eot_token")}
+    size |= {"short_row": meta["T"], "long_row": meta["T"] * meta["B"]}
+    values = {f"size.{key}": value for key, value in size.items()} | fixture_optimizer(meta, rung)
+    if meta.get("head") == "float32":
+        values["arch.head_dtype"] = "compute"
+    values |= {"rung": meta["rung"], "batch": 1, "accumulate": 1, "probes.window": meta["T"]}
+    values |= {"data.val_tokens": meta["T"], "data.probe_offset": meta["T"]}
+    return build(RunConfig, [Layer("rung", rung), Layer("fixture", values)])[0]
+
+
+def fixture_optimizer(meta: dict[str, Any], rung: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's keys of a fixture; a fixture without updates has none."""
+    if "opt" not in meta:
+        return {}
     rates = meta["opt"]
     require(rates, OPTIMIZER_META)
-    if rung_values(meta["rung"]).get("optim.matrices") == "muon":
+    if rung.get("optim.matrices") == "muon":
         names = {"embed_lr": "embed", "matrix_lr": "muon", "scalar_lr": "scalar"}
         optim = {key: rates[name] for key, name in names.items()} | {"head_lr": rates["head"]}
         optim |= {"weight_decay": 0.0, "momentum": rates["momentum"], "momentum_start": None}
@@ -119,10 +138,21 @@ def fixture_config(meta: dict[str, Any]):
         optim = dict.fromkeys(groups, rates["adamw"]) | {"weight_decay": rates["weight_decay"]}
     optim |= {"ns_dtype": rates["ns_dtype"], "ns_steps": rates["ns_steps"], "clip": rates["clip"]}
     optim |= {"schedule": "trapezoid", "warmdown": 0.0}
-    values = {f"size.{k}": v for k, v in size.items()} | {f"optim.{k}": v for k, v in optim.items()}
-    values |= {"rung": meta["rung"], "batch": 1, "accumulate": 1, "probes.window": meta["T"]}
-    values |= {"data.val_tokens": meta["T"], "data.probe_offset": meta["T"]}
-    return build(RunConfig, [Layer("rung", rung_values(meta["rung"])), Layer("fixture", values)])[0]
+    return {f"optim.{key}": value for key, value in optim.items()}
+
+
+def fixture_batch(meta: dict[str, Any], config, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of token rows (B, T+1) under the window in a fixture's meta.
+
+    That is in tokens, or in mask blocks where the rung's rule knows only those; the first windowed
+    rung has its one window built in.
+    """
+    window = meta.get("window")
+    if config.arch.window == "none" or not isinstance(window, int):
+        return {"tokens": tokens}
+    if config.arch.window == "block":
+        window *= MASK_BLOCK
+    return {"tokens": tokens, "window": np.full((len(tokens),), window, np.int32)}
 
 
 def model_of(config, arrays: dict[str, np.ndarray]):
@@ -158,8 +188,9 @@ def check_rung(file: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -
     config = fixture_config(meta)
     model, params = model_of(config, arrays)
     tokens = np.concatenate([arrays["tokens"], arrays["targets"][:, -1:]], axis=1)
+    batch = fixture_batch(meta, config, tokens)
     loss_and_grads = jax.jit(jax.value_and_grad(make_loss(model), has_aux=True))
-    (loss, taps), grads = loss_and_grads(params, {"tokens": tokens})
+    (loss, taps), grads = loss_and_grads(params, batch)
     logits = np.asarray(taps["logits"])[:, :: meta["logits_stride"]]
     yield Check(file, "logits", worst_error({"": logits}, {"": arrays["logits"]}), LOGITS_TOLERANCE)
     loss_error = worst_error({"": np.asarray(loss)}, {"": arrays["loss"]})
@@ -173,7 +204,7 @@ def check_rung(file: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -
     opt_state = tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(NUM_UPDATES):
-        _, grads = loss_and_grads(params, {"tokens": tokens})
+        _, grads = loss_and_grads(params, batch)
         updates, opt_state = update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
     step_error = worst_error(to_published(params, config.arch), subset(arrays, "step3"))
@@ -194,7 +225,8 @@ def check_spectra(
     require(arrays, ("tokens",))
     rung_meta, rung_arrays = load_fixture(weights)
     require(rung_meta, RUNG_META)
-    model, params = model_of(fixture_config(rung_meta), rung_arrays)
+    config = fixture_config(rung_meta)
+    model, params = model_of(config, rung_arrays)
     layers, matrices = meta["layers"], meta["matrices"]
     sites = tuple(f"h_{layer}/resid_post" for layer in layers)
     paths = {
@@ -206,7 +238,8 @@ def check_spectra(
     kernels = tuple(paths.values())
     lens = Lens((activation_probe(sites), gradient_probe(kernels, sink)), kernels, sink)
     measure = make_measure_step(make_loss(model), lens)
-    summaries, _ = measure(params, ProbeBatch({"tokens": arrays["tokens"]}))
+    batch = fixture_batch(rung_meta | meta, config, arrays["tokens"])
+    summaries, _ = measure(params, ProbeBatch(batch))
     found = spectra(summaries, np)
     ours = {
         "act_cov_eigenvalues": {
@@ -230,8 +263,7 @@ def check_file(path: Path) -> tuple[list[Check], str | None]:
     meta, arrays = load_fixture(path)
     rung = meta.get("rung")
     if rung not in RUNGS:
-        known = rung in PLANNED
-        return [], f"rung {rung} is {'not built yet' if known else 'not of this ladder'}"
+        return [], f"rung {rung} is not of this ladder"
     try:
         if "weights_from" in meta:
             weights = path.parent / meta["weights_from"]

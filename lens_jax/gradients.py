@@ -78,6 +78,8 @@ def observed_linear(sinks: Mapping[str, jax.Array], sink: Sink) -> Callable:
     """A `linear(x, kernel, path)` that is x @ kernel and feeds the sinks on the way back.
 
     Kernels whose path has no sink are multiplied as ever. The loss must weigh all samples equally.
+    `linear.watched` holds the paths that have one, for models that fuse a product with what
+    follows it where nobody watches.
     """
 
     def linear(x, kernel, path):
@@ -85,6 +87,7 @@ def observed_linear(sinks: Mapping[str, jax.Array], sink: Sink) -> Callable:
             return x @ kernel
         return _observed_product(x, kernel, sinks[path], sink)
 
+    linear.watched = frozenset(sinks)
     return linear
 
 

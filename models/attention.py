@@ -1,46 +1,93 @@
-"""Causal attention behind one function; callers never choose an implementation."""
+"""Attention behind one function: which implementation runs is a matter of device and mask.
+
+dense    every pair of a row, masked afterwards: the oracle, for small sizes only
+blocked  plain JAX: blocks of queries against the keys within reach; time and memory grow with
+         T times the widest window
+cudnn    cuDNN's flash kernel through jax.nn, for rows without documents and window
+pallas   a block-sparse flash kernel (models.flash) that skips the tiles nobody sees
+"""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCKS = 4  # of a row, off the flash kernel: 5/8 of the full square is computed
+from models import flash
+from models.blocked_attention import blocked_attention
+from models.masks import Rule, first_keys, visible_pairs
+
+Implementation = Literal["auto", "dense", "blocked", "cudnn", "pallas"]
+HALF = (jnp.bfloat16, jnp.float16)
 
 
-def causal_attention(q: jnp.ndarray, k: jnp.ndarray, v: jnp.ndarray) -> jnp.ndarray:
-    """softmax(q k' / sqrt(K)) v over positions up to the query's own; all are (B, T, H, K).
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    documents: jax.Array | None = None,
+    window: jax.Array | None = None,
+    *,
+    rule: Rule = "none",
+    block: int = 128,
+    widest: int | None = None,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """softmax(scale q k') v over the keys that `models.masks` lets each query see.
 
-    Scores and softmax are float32 whatever the inputs. On NVIDIA GPUs half-precision inputs take
-    cuDNN's flash kernel; everything else goes block by block over the queries.
+    q, k, v: (B, T, H, K); documents: (B, T) int32, non-decreasing, or None; window: (B,) int32
+    tokens, data and not a constant, read unless rule is "none"; block: tokens in a mask block;
+    widest: a static bound on the window, by which `blocked` sizes its work (None: the row); scale:
+    None for 1 / sqrt(K). Scores and softmax are float32 whatever the inputs; the result has v's
+    dtype. Raises ValueError for an implementation that device or mask does not allow.
     """
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    return blocked_attention(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    masked = documents is not None or rule != "none"
+    chosen = choose(implementation, masked, q.dtype, q.shape[-1])
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, implementation="cudnn"
+        )
+    mask = {"documents": documents, "window": window, "rule": rule, "block": block}
+    if chosen == "dense":
+        return dense_attention(q, k, v, visible_pairs(q.shape[:2], **mask), scale)
+    first = first_keys(q.shape[:2], **mask)
+    if chosen == "pallas":
+        return flash.flash_attention(q, k, v, first, scale=scale)
+    return blocked_attention(q, k, v, first, scale, widest if rule != "none" else None)
 
 
-def blocked_attention(q: jnp.ndarray, k: jnp.ndarray, v: jnp.ndarray) -> jnp.ndarray:
-    """As `causal_attention`, each block of queries against the keys up to its own end only.
+def choose(implementation: Implementation, masked: bool, dtype, head_dim: int) -> str:
+    """The implementation that runs; raises ValueError for one that cannot.
 
-    The upper triangle beyond the block is never computed, and heads join the rows in one leading
-    axis, so that every product is a plain batched one.
+    masked: whether documents or a window narrow the causal mask.
     """
-    rows, length, heads, width = q.shape
-    q, k, v = (
-        x.transpose(0, 2, 1, 3).reshape(rows * heads, length, width) for x in (q, k, v)
-    )  # (B*H, T, K)
-    block = -(-length // QUERY_BLOCKS)
-    outputs = [
-        _attend(q[:, start : start + block], k[:, : start + block], v[:, : start + block], start)
-        for start in range(0, length, block)
-    ]
-    joined = jnp.concatenate(outputs, axis=1).reshape(rows, heads, length, width)
-    return joined.transpose(0, 2, 1, 3)
+    gpu = jax.default_backend() == "gpu"
+    flash_runs = gpu and flash.supports(head_dim)
+    cudnn_runs = gpu and dtype in HALF and not masked
+    if implementation == "auto":
+        if cudnn_runs:
+            return "cudnn"
+        return "pallas" if flash_runs and dtype in HALF else "blocked"
+    if implementation == "cudnn" and not cudnn_runs:
+        raise ValueError(
+            f"attention=cudnn needs an NVIDIA GPU, a half-precision dtype and a rung without "
+            f"documents and window (here {jax.default_backend()}, {jnp.dtype(dtype).name}, "
+            f"{'masked' if masked else 'plainly causal'}); choose attention=auto"
+        )
+    if implementation == "pallas" and not flash_runs:
+        raise ValueError(
+            f"attention=pallas needs a GPU and heads of a power of two from 16 on (here "
+            f"{jax.default_backend()}, heads of {head_dim}); choose attention=auto"
+        )
+    return implementation
 
 
-def _attend(q, k, v, start: int):  # (N, C, K), (N, S, K), (N, S, K) -> (N, C, K)
-    scores = jnp.einsum("nqk,nsk->nqs", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    position = start + jnp.arange(q.shape[1])[:, None]
-    visible = jnp.arange(k.shape[1])[None, :] <= position  # (C, S)
-    scores = jnp.where(visible[None], scores, -jnp.inf)
+def dense_attention(q, k, v, visible: jax.Array, scale: float) -> jax.Array:
+    """Masked softmax over all pairs; visible: bool (B, T, T), at least one key a query."""
+    scores = jnp.einsum(
+        "bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32, precision="highest"
+    )
+    scores = jnp.where(visible[:, None], scale * scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("nqs,nsk->nqk", weights, v)
+    return jnp.einsum("bhqs,bshk->bqhk", weights, v, precision="highest")

@@ -7,17 +7,25 @@ float32; matrix products run in `dtype`.
 Every forward pass returns its taps, a dict from `h_i/resid_post` and the like to arrays (B, T, D);
 under jit a tap that nobody reads costs nothing. Every matrix product goes through `linear(x,
 kernel, path)`, which a caller may replace to observe it (per-sample gradients do).
+The attention window is data, one number of tokens a row, so that its growth compiles nothing anew.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.attention import causal_attention
-from models.config import ArchConfig, SizeConfig
-from models.rotary import rotary_tables, rotate
+from models.attention import Implementation, attention
+from models.config import ArchConfig, SizeConfig, check_depth
+from models.embedding import take_rows
+from models.head import head_logits, soft_cap
+from models.initializers import Initializers, keep_stream
+from models.layers import Layer, layer_plan, num_value_pieces
+from models.masks import document_ids
+from models.rotary import frequencies, half_frequencies, rotary_tables, rotate
+from models.windows import layer_window, widest_window
 
 Linear = Callable[[jnp.ndarray, jnp.ndarray, str], jnp.ndarray]
 
@@ -33,43 +41,6 @@ def rms_norm(x: jnp.ndarray, eps: float) -> jnp.ndarray:
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
-
-
-def uniform_fan_in(key, shape, dtype=jnp.float32):
-    """torch's default for a linear layer, uniform within +- 1/sqrt(in) of an (in, out) kernel."""
-    bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def tied_embedding(key, shape, dtype=jnp.float32):
-    """A tied (V, D) matrix starts as the head's linear layer does: uniform within +- 1/sqrt(D)."""
-    bound = shape[1] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-class Initializers:
-    """How each parameter starts.
-
-    | parameter            | init=torch                  | init=gpt2                     |
-    |----------------------|-----------------------------|-------------------------------|
-    | wte, tied            | uniform +- 1/sqrt(D)        | normal(0.02)                  |
-    | wte, untied; wpe     | normal(1)                   | normal(0.02)                  |
-    | c_q, c_k, c_v, c_fc  | uniform +- 1/sqrt(in)       | normal(0.02)                  |
-    | attn and mlp c_proj  | as above, or 0 (zero_proj)  | normal(0.02/sqrt(2L)), or 0   |
-    | lm_head              | as above, or 0 (zero_head)  | normal(0.02), or 0            |
-    | biases               | 0                           | 0                             |
-    """
-
-    def __init__(self, arch: ArchConfig, n_layer: int):
-        torch = arch.init == "torch"
-        normal = nn.initializers.normal
-        self.hidden = uniform_fan_in if torch else normal(0.02)
-        self.proj = self.hidden if torch else normal(0.02 / (2 * n_layer) ** 0.5)
-        if arch.zero_proj:
-            self.proj = nn.initializers.zeros
-        self.head = nn.initializers.zeros if arch.zero_head else self.hidden
-        self.table = normal(1.0) if torch else normal(0.02)
-        self.wte = tied_embedding if torch and arch.head == "tied" else self.table
 
 
 class Dense(nn.Module):
@@ -103,9 +74,30 @@ class Table(nn.Module):
         return self.param("embedding", self.start, (self.rows, self.features))
 
 
-def take_rows(table: jnp.ndarray, ids: jnp.ndarray) -> jnp.ndarray:
-    """Rows of table (V, D) at ids (B, T), as (B, T, D); an id outside the table gives NaN."""
-    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+class Head(nn.Module):
+    """The kernel (D, V) of an output head of its own; calling it gives the kernel itself."""
+
+    width: int
+    features: int
+    start: Callable
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", self.start, (self.width, self.features))
+
+
+class Context(NamedTuple):
+    """The arrays that every block of one forward pass reads beside its input.
+
+    x0: (B, T, D) embedding of the tokens; documents: (B, T) or None; window: (B,) tokens or None;
+    values: pieces of the value embeddings, (B, T, D) each; tables: cosines and sines, or None.
+    """
+
+    x0: jnp.ndarray
+    documents: jnp.ndarray | None
+    window: jnp.ndarray | None
+    values: tuple[jnp.ndarray, ...]
+    tables: tuple[jnp.ndarray, jnp.ndarray] | None
 
 
 class CausalSelfAttention(nn.Module):
@@ -114,27 +106,60 @@ class CausalSelfAttention(nn.Module):
     arch: ArchConfig
     size: SizeConfig
     dtype: jnp.dtype
+    layer: Layer
+    implementation: Implementation
 
     @nn.compact
-    def __call__(self, x, linear: Linear):  # (B, T, D) -> (B, T, D)
+    def __call__(self, x, first_value, context: Context, linear: Linear):  # two of (B, T, D)
+        """The output, and this layer's values before anything is mixed into them.
+
+        first_value: the latter of the first layer, None in the first layer itself.
+        """
         arch, size = self.arch, self.size
         init = Initializers(arch, size.n_layer)
-        rows, length, width = x.shape
-        heads = (rows, length, size.n_head, size.head_dim)
-        q, k, v = (
-            Dense(width, init.hidden, self.dtype, name=name)(x, linear).reshape(heads)
+        q, k, value = (
+            Dense(x.shape[-1], init.hidden, self.dtype, name=name)(x, linear)
             for name in ("c_q", "c_k", "c_v")
-        )  # (B, T, H, K)
+        )  # (B, T, D)
+        v = self._mix_values(value, value if first_value is None else first_value, context)
+        q, k, v = (each.reshape(*x.shape[:2], size.n_head, size.head_dim) for each in (q, k, v))
         if arch.qk_norm:
             q, k = rms_norm(q, arch.norm_eps), rms_norm(k, arch.norm_eps)
-        if arch.position == "rope":
-            table = jnp.bfloat16 if arch.rope_table == "bfloat16" else self.dtype
-            cos, sin = rotary_tables(length, size.head_dim, table)
-            q, k = (rotate(each, cos, sin, arch.rope_sign) for each in (q, k))
-        mixed = causal_attention(q, k, v).reshape(x.shape)
-        return Dense(width, init.proj, self.dtype, bias=arch.proj_bias, name="c_proj")(
-            mixed, linear
-        )
+        if context.tables is not None:
+            q, k = (rotate(each, *context.tables, arch.rope_sign) for each in (q, k))
+        mixed = attention(
+            q,
+            k,
+            v,
+            context.documents,
+            layer_window(arch, size, context.window, self.layer.long_window),
+            rule=arch.window,
+            block=size.block,
+            widest=widest_window(arch, size, self.layer.long_window),
+            scale=arch.attn_scale,
+            implementation=self.implementation,
+        ).reshape(x.shape)
+        out = Dense(x.shape[-1], init.proj, self.dtype, bias=arch.proj_bias, name="c_proj")
+        return out(mixed, linear), value
+
+    def _mix_values(self, value, first_value, context: Context):
+        """Values with what arch.value mixes into them, in float32, cast back."""
+        if self.arch.value == "plain":
+            return value
+        piece = self.layer.value_from
+        other = first_value if self.arch.value == "residual" else None
+        if piece is not None:
+            other = context.values[piece]
+        mixed = value.astype(jnp.float32)
+        if self.arch.value_mix == "pair":
+            mix = self.param("mix", nn.initializers.constant(0.5), (2,))
+            mixed = mix[0] * mixed
+            if other is not None:
+                mixed = mixed + mix[1] * other.astype(jnp.float32)
+        elif other is not None:
+            lamb = self.param("lamb", nn.initializers.constant(0.5), ())
+            mixed = (1 - lamb) * mixed + lamb * other.astype(jnp.float32)
+        return mixed.astype(value.dtype)
 
 
 class MLP(nn.Module):
@@ -154,36 +179,61 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP, each on the RMS-normalised stream."""
+    """x + attention, then x + MLP, each on the RMS-normalised stream.
+
+    resid_pre is the stream that attention reads, after any skip has been added to it.
+    """
 
     arch: ArchConfig
     size: SizeConfig
     dtype: jnp.dtype
+    layer: Layer
+    implementation: Implementation
 
     @nn.compact
-    def __call__(self, x, linear: Linear):  # (B, T, D) -> (B, T, D), taps
-        modules = (self.arch, self.size, self.dtype)
-        eps = self.arch.norm_eps
+    def __call__(self, x, first_value, context: Context, linear: Linear):  # (B, T, D), taps
+        arch, eps = self.arch, self.arch.norm_eps
+        if arch.x0_skip:
+            lambdas = self.param("lambdas", keep_stream, (2,))
+            x = lambdas[0] * x + lambdas[1] * context.x0
         taps = {"resid_pre": x}
-        taps["attn_out"] = CausalSelfAttention(*modules, name="attn")(rms_norm(x, eps), linear)
-        x = taps["resid_mid"] = x + taps["attn_out"]
-        taps["mlp_out"] = MLP(*modules, name="mlp")(rms_norm(x, eps), linear)
+        if self.layer.attention:
+            attend = CausalSelfAttention(
+                arch, self.size, self.dtype, self.layer, self.implementation, name="attn"
+            )
+            taps["attn_out"], taps["v"] = attend(rms_norm(x, eps), first_value, context, linear)
+            x = x + taps["attn_out"]
+        taps["resid_mid"] = x
+        mlp = MLP(arch, self.size, self.dtype, name="mlp")
+        taps["mlp_out"] = mlp(rms_norm(x, eps), linear)
         x = taps["resid_post"] = x + taps["mlp_out"]
         return x, taps
 
 
 class GPT(nn.Module):
-    """Tokens to logits. `dtype` is that of the matrix products; logits come back in float32."""
+    """Tokens to logits. `dtype` is that of the matrix products; logits come back in float32.
+
+    attention: an implementation of `models.attention`. remat: keep only the inputs of blocks for
+    the backward pass and compute the rest again.
+    """
 
     arch: ArchConfig
     size: SizeConfig
     dtype: jnp.dtype = jnp.float32
+    attention: Implementation = "auto"
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens, linear: Linear = dot):  # (B, T) -> (B, T, V), taps
+    def __call__(self, tokens, linear: Linear = dot, window=None):  # (B, T) -> (B, T, V), taps
+        """Logits and taps of tokens (B, T).
+
+        window: (B,) int32, the attention window of each row in tokens (`models.windows`); None for
+        the widest. Raises ValueError for patterns that the depth does not allow, and for rungs with
+        documents without size.eot_token.
+        """
         arch, size = self.arch, self.size
+        check_depth(arch, size)
         init = Initializers(arch, size.n_layer)
-        taps = {}
         wte = Table(size.vocab_size, size.n_embd, init.wte, name="wte")()
         x = take_rows(wte, tokens)
         if arch.position == "learned":
@@ -191,16 +241,80 @@ class GPT(nn.Module):
             x = x + wpe[None, : tokens.shape[1]]
         if arch.embed_norm:
             x = rms_norm(x, arch.norm_eps)
-        for i in range(size.n_layer):
-            x, block_taps = Block(arch, size, self.dtype, name=f"h_{i}")(x, linear)
-            taps |= {f"h_{i}/{name}": value for name, value in block_taps.items()}
+        context = Context(
+            x,
+            self._documents(tokens),
+            self._window(window, tokens.shape[0]),
+            self._value_pieces(tokens, init),
+            self._rotary_tables(tokens.shape[1]),
+        )
+        x, taps = self._blocks(x, context, linear)
         x = taps["final_norm"] = rms_norm(x, arch.norm_eps)
+        taps["logits"] = self._logits(x, wte, linear, init)
+        return taps["logits"], taps
+
+    def _documents(self, tokens):
+        if not self.arch.documents:
+            return None
+        if self.size.eot_token is None:
+            raise ValueError("size.eot_token=None: arch.documents=True needs the token")
+        return document_ids(tokens, self.size.eot_token)
+
+    def _window(self, window, rows: int):
+        widest = widest_window(self.arch, self.size)
+        if widest is None or window is not None:
+            return window
+        return jnp.full((rows,), widest, jnp.int32)
+
+    def _value_pieces(self, tokens, init: Initializers):  # (B, T, D) each
+        size = self.size
+        count = num_value_pieces(self.arch, size.n_layer)
+        if self.arch.value == "embed_outer":
+            names = [f"value_embed_{i}" for i in range(count)]
+            tables = [Table(size.vocab_size, size.n_embd, init.table, name=name) for name in names]
+            return tuple(take_rows(table(), tokens) for table in tables)
+        if not count:
+            return ()
+        table = Table(size.vocab_size, count * size.n_embd, init.table, name="value_embed")()
+        return tuple(jnp.split(take_rows(table, tokens), count, axis=-1))
+
+    def _rotary_tables(self, length: int):
+        arch, head_dim = self.arch, self.size.head_dim
+        if arch.position == "learned":
+            return None
+        frequency = half_frequencies if arch.position == "half_rope" else frequencies
+        dtype = self.dtype if arch.rope_table == "compute" else jnp.dtype(arch.rope_table)
+        return rotary_tables(length, frequency(head_dim), dtype)
+
+    def _blocks(self, x, context: Context, linear: Linear):
+        """The stream after the last block, and the taps of all."""
+        plan = layer_plan(self.arch, self.size.n_layer)
+        settings = (self.arch, self.size, self.dtype)
+        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+        if self.arch.unet:
+            start = nn.initializers.ones
+            skip_weights = self.param("skip_weights", start, (self.size.n_layer // 2,))
+        taps = {}
+        for i, layer in enumerate(plan):
+            if layer.skip_from is not None:
+                weight = skip_weights[i - self.size.n_layer // 2]
+                x = x + weight * taps[f"h_{layer.skip_from}/resid_post"]
+            run = block(*settings, layer, self.attention, name=f"h_{i}")
+            x, block_taps = run(x, taps.get("h_0/v"), context, linear)
+            taps |= {f"h_{i}/{name}": value for name, value in block_taps.items()}
+        return x, taps
+
+    def _logits(self, x, wte, linear: Linear, init: Initializers):  # (B, T, V)
+        arch, size = self.arch, self.size
         if arch.head == "tied":
-            logits = linear(x.astype(self.dtype), wte.astype(self.dtype).T, "wte/embedding")
+            kernel, path = wte.T, "wte/embedding"
         else:
-            logits = Dense(size.vocab_size, init.head, self.dtype, name="lm_head")(x, linear)
-        taps["logits"] = logits = logits.astype(jnp.float32)
-        return logits, taps
+            kernel = Head(size.n_embd, size.vocab_size, init.head, name="lm_head")()
+            path = "lm_head/kernel"
+        if arch.head_dtype == "float8":
+            return head_logits(x, kernel, softcap=arch.softcap, dtype=self.dtype, float8=True)
+        z = linear(x.astype(self.dtype), kernel.astype(self.dtype), path)
+        return soft_cap(z, arch.softcap)
 
 
 def token_loss(logits: jnp.ndarray, targets: jnp.ndarray) -> jnp.ndarray:
@@ -209,17 +323,14 @@ def token_loss(logits: jnp.ndarray, targets: jnp.ndarray) -> jnp.ndarray:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def head_kernel(params: dict, arch: ArchConfig) -> tuple[jnp.ndarray, str]:
+    """The kernel (D, V) of the output head, and the path of its parameter."""
+    if arch.head == "tied":
+        return params["wte"]["embedding"].T, "wte/embedding"
+    return params["lm_head"]["kernel"], "lm_head/kernel"
+
+
 def init_params(model: GPT, seed: int) -> dict:
     """Fresh float32 parameters as a nested dict."""
     tokens = jnp.zeros((1, model.size.block), jnp.int32)
     return model.init(jax.random.key(seed), tokens)["params"]
-
-
-def flops_per_token(size: SizeConfig, row: int) -> float:
-    """Forward and backward FLOP per token of the matrix products, attention by its exact mask.
-
-    6 per weight of the blocks and the head, and 12 D per key that a query sees, in every layer; a
-    causal row of T tokens shows (T + 1) / 2 keys on average.
-    """
-    weights = 12 * size.n_layer * size.n_embd**2 + size.n_embd * size.vocab_size
-    return 6 * weights + 12 * size.n_embd * (row + 1) / 2 * size.n_layer

@@ -5,26 +5,18 @@ changes that came along with it in the published code. Riders are kept, so that 
 numerically the published model, and stand in the open, so that they can be undone one at a time.
 Source: the released code of arXiv 2605.05683 as recorded in the ladder spec, sections 1 to 5.
 
-    python -m models.ladder                      the table
+    python -m models.ladder [ladder=clean]       the table; clean: the ladder without riders
     python -m models.ladder rung=muon [tier=d24] every key of one rung and the layer that set it
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chz
 
+from models.clean_ladder import CLEAN_LADDER
 from models.command_line import Layer, UsageError, cast_words, parse_words, run_command
 from models.config import TIERS
-
-
-class Rung(NamedTuple):
-    """One step of the ladder; `diff` maps dotted configuration keys to new values."""
-
-    name: str
-    change: str
-    diff: Mapping[str, Any]
-
+from models.rung import Rung
 
 LADDER = (
     # Published defects kept: target 3.2 here and in rope, 3.3 from muon on; everything decays.
@@ -81,28 +73,167 @@ LADDER = (
             "optim.num_steps": 30_000,
         },
     ),
+    # Published defect kept: the cap on logits comes here, not with the rung that is named for it.
+    Rung(
+        "valuemix",
+        "values of the first layer in all layers",
+        {
+            "arch.value": "residual",
+            "arch.x0_skip": True,
+            "arch.softcap": 30.0,
+            "optim.scalar_lr": 0.02,
+            "optim.momentum_start": 0.85,
+            "optim.momentum_steps": 500,
+            "optim.warmdown": 0.03,
+            "optim.num_steps": 50_000,
+        },
+    ),
+    # The norm's epsilon is this rung's alone. Warmdown is back at 10 %.
+    Rung(
+        "unet",
+        "skips from encoder to decoder",
+        {
+            "arch.unet": True,
+            "arch.norm_eps": 1e-6,
+            "optim.embed_lr": 0.6,
+            "optim.head_lr": 0.008,
+            "optim.matrix_lr": 0.04,
+            "optim.scalar_lr": 0.04,
+            "optim.warmdown": 0.1,
+            "optim.num_steps": 20_000,
+        },
+    ),
+    # The published window is 1,024 tokens whatever its option says: 8 blocks.
+    Rung(
+        "fixedwin",
+        "a sliding window of 8 blocks",
+        {
+            "arch.window": "token",
+            "arch.window_blocks": 8,
+            "arch.row": "long",
+            "arch.documents": True,
+            "arch.norm_eps": 2.0**-23,
+        },
+    ),
+    # Published at batch 32 with 10,000 steps and a ramp of 1,000: four times that at batch 8. The
+    # target is 3.2 here and 3.3 in the next rung. Validation uses the window of its step, as
+    # published; the loss at the widest window is logged beside it.
+    Rung(
+        "flexwin",
+        "a window growing to 14 blocks",
+        {
+            "arch.window_ramp": "half_blocks",
+            "arch.window_blocks": 14,
+            "arch.window_steps": 4000,
+            "optim.num_steps": 40_000,
+            "published_target": 3.2,
+        },
+    ),
+    # Published at batch 32 with 2,500 steps and a ramp of 750. Value embeddings train with wte.
+    Rung(
+        "vte",
+        "value embeddings in every layer",
+        {
+            "arch.value": "embed",
+            "arch.window_steps": 3000,
+            "optim.num_steps": 10_000,
+            "published_target": 3.3,
+        },
+    ),
+    # The block mask cuts the far end of the token window, to half of it at 128 tokens: kept.
+    Rung(
+        "betterwin",
+        "a window by blocks as well",
+        {
+            "arch.window": "token_block",
+            "arch.value": "embed_mirrored",
+            "arch.window_steps": 4000,
+            "optim.num_steps": 20_000,
+        },
+    ),
+    # Only embeddings and scalars get the lower beta, the head does not; layers without a value
+    # embedding still multiply their values by mix[0]. Lengths jump for no reason of architecture.
+    Rung(
+        "sparsev",
+        "three value embeddings, outer layers",
+        {
+            "arch.value": "embed_outer",
+            "arch.value_mix": "pair",
+            "arch.drop_attention": True,
+            "arch.window": "block",
+            "arch.window_ramp": "floor",
+            "arch.window_steps": 2000,
+            "optim.embed_betas": (0.8, 0.95),
+            "optim.scalar_betas": (0.8, 0.95),
+            "optim.momentum_steps": 300,
+            "optim.num_steps": 3000,
+        },
+    ),
+    Rung(
+        "truncrope",
+        "half-truncated rotary positions",
+        {
+            "arch.position": "half_rope",
+            "arch.rope_table": "float32",
+            "arch.rope_sign": -1,
+            "arch.window_steps": 3000,
+            "optim.num_steps": 10_000,
+        },
+    ),
+    Rung("softcap", "logits capped at 15 instead of 30", {"arch.softcap": 15.0}),
+    # Training and validation alike. The gradient's scale follows the tokens of a mean, since the
+    # published 2^29 belongs to 65,536 of them.
+    Rung("fp8head", "output head in float8", {"arch.head_dtype": "float8"}),
+    Rung(
+        "lswa",
+        "long and short windows",
+        {"arch.long_short": True, "arch.window_ramp": "ceil"},
+    ),
+    # Published at d12 only: with heads of 64, from d24 on, the default scale is 0.125.
+    Rung("attnscale", "attention scores times 0.12", {"arch.attn_scale": 0.12}),
+    Rung(
+        "lswa_adam",
+        "control: Adam on the matrices",
+        {
+            "optim.matrices": "adam",
+            "optim.matrix_lr": 0.004,
+            "optim.momentum_start": None,
+            "optim.momentum_steps": 0,
+        },
+        over="lswa",
+    ),
 )
+DEFAULT_RUNG = "attnscale"  # the top; the control stands beside it
+LADDERS = {"published": LADDER, "clean": CLEAN_LADDER}
 RUNGS = tuple(rung.name for rung in LADDER)
-
-# The published rungs that are not built yet, so that a request for one is answered plainly.
-PLANNED = (
-    *("valuemix", "unet", "fixedwin", "flexwin", "vte", "betterwin", "sparsev", "truncrope"),
-    *("softcap", "fp8head", "lswa", "attnscale", "lswa_adam"),
-)
+ALL_RUNGS = tuple(dict.fromkeys(rung.name for ladder in LADDERS.values() for rung in ladder))
 
 
-def rung_layers(name: str) -> list[Layer]:
-    """The diffs from the bottom of the ladder up to a rung; raises UsageError for no rung."""
-    if name not in RUNGS:
-        built = "is not built yet" if name in PLANNED else "is no rung of the ladder"
-        raise UsageError(f"rung={name} {built}; choose one of {', '.join(RUNGS)}")
-    return [Layer(f"rung={rung.name}", rung.diff) for rung in LADDER[: RUNGS.index(name) + 1]]
+def rungs_up_to(name: str, ladder: str = "published") -> list[Rung]:
+    """The rungs whose diffs make up a rung, bottom first; raises UsageError for no rung."""
+    rungs = LADDERS[ladder]
+    names = [rung.name for rung in rungs]
+    if name not in names:
+        where = "of the ladder" if ladder == "published" else f"of ladder={ladder}"
+        raise UsageError(f"rung={name} is no rung {where}; choose one of {', '.join(names)}")
+    index = names.index(name)
+    rung = rungs[index]
+    if rung.over is None:
+        below = rungs_up_to(names[index - 1], ladder) if index else []
+    else:
+        below = rungs_up_to(rung.over, ladder)
+    return [*below, rung]
 
 
-def rung_values(name: str) -> dict[str, Any]:
+def rung_layers(name: str, ladder: str = "published") -> list[Layer]:
+    """The diffs from the bottom of a ladder up to a rung; raises UsageError for no rung."""
+    return [Layer(f"rung={rung.name}", rung.diff) for rung in rungs_up_to(name, ladder)]
+
+
+def rung_values(name: str, ladder: str = "published") -> dict[str, Any]:
     """All keys a rung sets, its own diff laid over those of every rung below it."""
     values: dict[str, Any] = {}
-    for layer in rung_layers(name):
+    for layer in rung_layers(name, ladder):
         values |= layer.values
     return values
 
@@ -112,6 +243,7 @@ class LadderWords:
     """The keys of the command."""
 
     rung: str = "all"
+    ladder: Literal[tuple(LADDERS)] = "published"
     tier: Literal[tuple(TIERS)] = "d12"
 
 
@@ -122,13 +254,13 @@ def main(argv: list[str]) -> int:
         return 0
     words = LadderWords(**cast_words(LadderWords, parse_words(argv)))
     if words.rung == "all" and any(word.startswith("tier=") for word in argv):
-        raise UsageError(f"tier={words.tier} needs a rung; add for example rung={RUNGS[-1]}")
+        raise UsageError(f"tier={words.tier} needs a rung; add for example rung={DEFAULT_RUNG}")
     from models.ladder_table import print_ladder, print_rung
 
     if words.rung == "all":
-        print_ladder()
+        print_ladder(words.ladder)
     else:
-        print_rung(words.rung, words.tier)
+        print_rung(words.rung, words.tier, words.ladder)
     return 0
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from models.command_line import leaves
 from models.config import TIERS, ArchConfig, SizeConfig
-from models.ladder import LADDER, Rung, rung_layers, rung_values
+from models.ladder import LADDERS, rung_layers, rung_values
+from models.rung import Rung
 
-PAPER_VOCAB = 50_304
+PAPER_VOCAB, PAPER_EOT = 50_304, 50_256
 PLAIN_WIDTH = 100  # columns where the output is no terminal, a README for instance
 GROUPS = ("embed", "head", "matrix", "scalar")
 
@@ -22,15 +23,15 @@ def fields_of(cls: type, section: str, values: dict[str, Any]) -> dict[str, Any]
     return {names[key]: value for key, value in values.items() if key in names}
 
 
-def parameter_shapes(rung: str, tier: str) -> dict:
+def parameter_shapes(rung: str, tier: str, ladder: str = "published") -> dict:
     """The parameter tree of a rung at the published size of a tier, as shapes; nothing is made."""
     import jax
 
     from models.gpt import GPT, init_params
 
-    values = TIERS[tier] | rung_values(rung) | {"size.vocab_size": PAPER_VOCAB}
+    values = TIERS[tier] | rung_values(rung, ladder) | {"size.vocab_size": PAPER_VOCAB}
     # one token is enough to find all parameters, and traces twice as fast as a block of 128
-    values |= {"size.block": 1}
+    values |= {"size.block": 1, "size.eot_token": PAPER_EOT}
     arch = ArchConfig(**fields_of(ArchConfig, "arch", values))
     size = SizeConfig(**fields_of(SizeConfig, "size", values))
     return jax.eval_shape(lambda: init_params(GPT(arch, size), 0))
@@ -72,10 +73,10 @@ def riders(rung: Rung) -> str:
     )
 
 
-def rates(rung: Rung, present: Iterable[str]) -> list[str]:
+def rates(rung: Rung, ladder: str, present: Iterable[str]) -> list[str]:
     """The rule of the matrices, then every group's learning rate: "default" where no rung set it,
     "-" where the group is empty."""
-    values = rung_values(rung.name)
+    values = rung_values(rung.name, ladder)
     found = [short(values.get("optim.matrices", "adam"))]
     for group in GROUPS:
         rate = short(values.get(f"optim.{group}_lr", "default"))
@@ -83,22 +84,24 @@ def rates(rung: Rung, present: Iterable[str]) -> list[str]:
     return found
 
 
-def print_ladder() -> None:
+def print_ladder(ladder: str) -> None:
     """Three tables: the diffs, and what they come to in parameters and in learning rates."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    rungs = LADDERS[ladder]
     diffs = Table("rung", "change", "riders", title="Diffs, each over the rung above")
     counts = Table(title="Parameters")
     for name in ("rung", *TIERS):
         counts.add_column(name, justify="left" if name == "rung" else "right", no_wrap=True)
     groups = Table("rung", "matrices", *GROUPS, title="Learning rates of the optimizer groups")
-    for rung in LADDER:
-        diffs.add_row(rung.name, rung.change, riders(rung), end_section=rung is not LADDER[-1])
-        shapes = [parameter_shapes(rung.name, tier) for tier in TIERS]
+    for rung in rungs:
+        name = rung.name if rung.over is None else f"{rung.name}\n(over {rung.over})"
+        diffs.add_row(name, rung.change, riders(rung), end_section=rung is not rungs[-1])
+        shapes = [parameter_shapes(rung.name, tier, ladder) for tier in TIERS]
         counts.add_row(rung.name, *(f"{count_parameters(each):,}" for each in shapes))
-        groups.add_row(rung.name, *rates(rung, groups_present(shapes[0])))
+        groups.add_row(rung.name, *rates(rung, ladder, groups_present(shapes[0])))
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
@@ -108,7 +111,7 @@ def print_ladder() -> None:
     print("default: see python -m experiments.train --help rung=baseline; -: an empty group")
 
 
-def print_rung(rung: str, tier: str) -> None:
+def print_rung(rung: str, tier: str, ladder: str) -> None:
     """One line a key: its value, and the layer that set it."""
     classes = {"arch": ArchConfig, "size": SizeConfig}
     values = {
@@ -117,7 +120,7 @@ def print_rung(rung: str, tier: str) -> None:
         for name, leaf in leaves(cls).items()
     }
     values |= {key: (value, f"tier={tier}") for key, value in TIERS[tier].items()}
-    for layer in rung_layers(rung):
+    for layer in rung_layers(rung, ladder):
         values |= {key: (value, layer.name) for key, value in layer.values.items()}
     sections = [*classes, "optim"]
     for section in (*sections, None):

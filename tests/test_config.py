@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.config import (
+from experiments.config import RunConfig, probed_layers
+from experiments.resolve import (
     ALIASES,
     PROFILES,
-    RunConfig,
     describe_layers,
     from_flat,
     help_text,
     parse_command,
-    probed_layers,
     resolve,
     run_name,
 )
 from models import ladder, ladder_table
+from models.clean_ladder import GROUPS
 from models.command_line import UsageError, flatten, leaves
 from models.config import TIERS, ArchConfig, SizeConfig
-from models.ladder import LADDER, PLANNED, RUNGS, rung_values
+from models.ladder import DEFAULT_RUNG, LADDERS, RUNGS, rung_values, rungs_up_to
 
 KNOWN = leaves(RunConfig)
 
@@ -36,17 +36,58 @@ def resolved(*argv: str, auto: str = "laptop") -> RunConfig:
 # The ladder
 
 
-def test_every_diff_is_known_and_changes_something():
-    for rung in LADDER:
+@pytest.mark.parametrize("ladder_name", LADDERS)
+def test_every_diff_is_known_and_changes_something(ladder_name):
+    names = [rung.name for rung in LADDERS[ladder_name]]
+    assert len(set(names)) == len(names)
+    for rung in LADDERS[ladder_name]:
         assert rung.diff or rung.name == "baseline"
-        below = LADDER[: LADDER.index(rung)]
+        *below, itself = rungs_up_to(rung.name, ladder_name)
+        assert itself is rung
         values = {key: leaf.default for key, leaf in KNOWN.items()}
         for other in below:
             values |= other.diff
         for key, value in rung.diff.items():
             assert key in KNOWN, f"{rung.name}: {key}"
             assert values[key] != value, f"{rung.name}: {key} had that value already"
-    assert len(set(RUNGS) | set(PLANNED)) == len(RUNGS) + len(PLANNED)
+
+
+def test_the_published_ladder_is_whole():
+    sixteen = (
+        "baseline rope muon untied valuemix unet fixedwin flexwin vte betterwin sparsev truncrope "
+        "softcap fp8head lswa attnscale"
+    )
+    assert (*sixteen.split(), "lswa_adam") == RUNGS
+    assert DEFAULT_RUNG == "attnscale"
+    below = [rung.name for rung in rungs_up_to("lswa_adam")]
+    assert below[-2:] == ["lswa", "lswa_adam"]
+    assert "attnscale" not in below
+
+
+def test_a_clean_rung_changes_one_key_or_one_declared_group():
+    first, *others = LADDERS["clean"]
+    assert first.name == "baseline"
+    for rung in others:
+        keys = set(rung.diff)
+        assert len(keys) == 1 or keys in [set(group) for group in GROUPS.values()], rung.name
+
+
+def test_a_clean_rung_keeps_what_the_first_one_chose():
+    constant = (
+        *("arch.init", "arch.zero_proj", "arch.norm_eps", "arch.rope_table", "arch.rope_sign"),
+        *("optim.schedule", "optim.num_steps", "optim.warmdown", "optim.embed_betas"),
+        *("optim.momentum", "optim.momentum_start", "optim.clip", "published_target"),
+    )
+    for rung in LADDERS["clean"][1:]:
+        assert not set(rung.diff) & set(constant), rung.name
+    rules = {rung.diff["arch.window"] for rung in LADDERS["clean"] if "arch.window" in rung.diff}
+    ramps = {rung.diff.get("arch.window_ramp") for rung in LADDERS["clean"]} - {None}
+    assert len(rules) == len(ramps) == 1
+
+
+def test_both_ladders_end_in_one_architecture():
+    ends = [flatten(resolved(f"ladder={name}", "rung=attnscale").arch) for name in LADDERS]
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize(("cls", "name"), [(ArchConfig, "arch"), (SizeConfig, "size")])
@@ -57,8 +98,8 @@ def test_every_field_is_read_in_models(cls, name):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(name):
                 read.add(node.attr)
-    # width and heads are read as head_dim too; long rows are cut by the data, not by a model
-    assert leaves(cls).keys() - read <= {"long_row"}
+    # rows are cut and ramps are timed by experiments.config and experiments.schedule
+    assert leaves(cls).keys() - read <= {"long_row", "row", "window_steps"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +109,14 @@ def test_every_field_is_read_in_models(cls, name):
         ("rope", 123_577_344),
         ("muon", 123_568_128),
         ("untied", 162_201_600),
+        ("valuemix", 162_201_636),
+        ("unet", 162_201_642),
+        ("fixedwin", 162_201_642),
+        ("flexwin", 162_201_642),
+        ("vte", 625_803_306),
+        ("betterwin", 394_002_474),
+        *((rung, 275_742_772) for rung in ("sparsev", "truncrope", "softcap", "fp8head")),
+        *((rung, 275_742_772) for rung in ("lswa", "attnscale", "lswa_adam")),
     ],
 )
 def test_published_parameter_counts(rung, count):
@@ -81,11 +130,26 @@ def test_published_parameter_counts(rung, count):
     assert set(ladder_table.groups_present(shapes)) == present
 
 
-def test_ladder_command_prints_every_rung(capsys, monkeypatch):
+# Millions of parameters of the larger tiers (ladder spec 10), to the digits given there.
+LARGER = {
+    "d24": {"flexwin": 405.0, "vte": 1641, "betterwin": 1023, "sparsev": 555.4, "attnscale": 555.4},
+    "d36": {"flexwin": 836.6, "vte": 3155, "betterwin": 1996, "sparsev": 1023, "attnscale": 1023},
+    "d48": {"flexwin": 1636, "vte": 5499, "betterwin": 3567, "sparsev": 1867, "attnscale": 1867},
+}
+
+
+@pytest.mark.parametrize(("tier", "rung"), [(t, r) for t, rungs in LARGER.items() for r in rungs])
+def test_parameter_counts_of_the_larger_tiers(tier, rung):
+    count = ladder_table.count_parameters(ladder_table.parameter_shapes(rung, tier)) / 1e6
+    assert float(f"{count:.4g}") == LARGER[tier][rung]
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_ladder_command_prints_every_rung(name, capsys, monkeypatch):
     monkeypatch.setattr(ladder_table, "TIERS", {"d12": TIERS["d12"]})
-    assert ladder.main([]) == 0
+    assert ladder.main([f"ladder={name}"]) == 0
     table = capsys.readouterr().out
-    for rung in LADDER:
+    for rung in LADDERS[name]:
         assert sum(line.startswith(f"│ {rung.name} ") for line in table.splitlines()) == 3
     assert "162,201,600" in table
     assert max(map(len, table.splitlines())) <= ladder_table.PLAIN_WIDTH
@@ -100,7 +164,7 @@ def test_ladder_command_prints_every_key_of_a_rung(rung, tier, capsys):
     sections = {key for key in flat if key.startswith(("arch.", "size."))}
     assert shown.keys() >= sections | rung_values(rung).keys()
     for key, text in shown.items():
-        if key != "size.vocab_size":
+        if key not in ("size.vocab_size", "size.eot_token"):
             assert text == ladder_table.short(flat[key]), key
 
 
@@ -125,7 +189,7 @@ def test_every_tier_profile_and_rung_resolves(tier, profile, rung):
     flat = flatten(config)
     assert (config.tier, config.profile, config.rung) == (tier, profile, rung)
     for key, value in rung_values(rung).items():
-        assert flat[key] == value
+        assert flat[key] == (list(value) if isinstance(value, tuple) else value)
     size = config.size
     assert (size.n_layer, size.n_head) == (
         TIERS[tier]["size.n_layer"],
@@ -271,5 +335,5 @@ def test_probed_layers_are_the_published_ones(tier, layers):
 
 
 def test_few_layers_are_probed_once_each():
-    assert probed_layers(resolved("size.n_layer=1")) == (0,)
-    assert probed_layers(resolved("size.n_layer=3")) == (0, 1, 2)
+    assert probed_layers(resolved("rung=untied", "size.n_layer=1")) == (0,)
+    assert probed_layers(resolved("rung=untied", "size.n_layer=3")) == (0, 1, 2)

@@ -34,7 +34,7 @@ from tiny_runs import (
 from experiments import setup
 from experiments.checkpoints import Checkpoints
 from experiments.checksums import leaves_by_path
-from experiments.config import parse_command, resolve
+from experiments.resolve import parse_command, resolve
 from experiments.train import main
 from models.gpt import GPT, init_params
 

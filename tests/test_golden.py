@@ -34,8 +34,8 @@ def test_built_rungs_are_the_published_models(name):
         pytest.skip("no such reference fixture beside the repository")
     checks, reason = check_file(path)
     assert reason is None
-    expected = 3 if name.startswith("spectra_") else 4
-    assert len(checks) == expected
+    forward_only = name == "fp8head.npz"
+    assert len(checks) == (2 if forward_only else 3 if name.startswith("spectra_") else 4)
     for check in checks:
         assert check.passed, check
 
@@ -95,7 +95,7 @@ def test_what_is_not_a_number_fails(parts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rung", "said"), [("lswa", "rung lswa is not built yet"), ("odd", "not of this ladder")]
+    ("rung", "said"), [("qknorm", "not of this ladder"), ("odd", "not of this ladder")]
 )
 def test_other_rungs_are_listed(rung, said, parts, tmp_path, capsys):
     meta, arrays = parts

@@ -12,21 +12,28 @@ OWN = ("lens_jax", "models", "optim", "experiments", "toy_modular")
 ARRAYS = {"jax", "numpy"}
 ALLOWED = {
     "lens_jax": ARRAYS | {"optax", "matplotlib"},
-    "models": ARRAYS | {"flax", "chz", "rich"},
+    "models": ARRAYS | {"flax", "chz", "rich", "safetensors", "ml_dtypes"},
     "optim": ARRAYS | {"optax", "chz"},
     "experiments": ARRAYS
     | {"lens_jax", "models", "optim", "optax", "chz", "grain", "orbax", "rich", "matplotlib"}
-    | {"tensorstore", "tokenizers", "tiktoken", "huggingface_hub"},  # tensorstore is orbax's own
+    | {"tensorstore", "tokenizers", "tiktoken", "huggingface_hub"}  # tensorstore is orbax's own
+    | {"torch"},  # a peer to time against, never a dependency
     "toy_modular": ARRAYS | {"lens_jax", "models", "optim", "optax", "chz", "rich", "matplotlib"},
 }
 # Slow or optional: imported inside the function that needs them, except where it is all about them.
-LAZY = {"rich", "matplotlib", "tokenizers", "tiktoken", "huggingface_hub"}
+LAZY = {"rich", "matplotlib", "tokenizers", "tiktoken", "huggingface_hub", "torch"}
 ALL_ABOUT = {
     "lens_jax/panels.py": "matplotlib",
     "lens_jax/axis_style.py": "matplotlib",
     "experiments/progress.py": "rich",
 }
-CONFIGURATION = ("experiments.config", "models.ladder", "models.ladder_table", "optim.config")
+CONFIGURATION = (
+    "experiments.config",
+    "experiments.resolve",
+    "models.ladder",
+    "models.ladder_table",
+    "optim.config",
+)
 SLOW = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "rich")
 
 

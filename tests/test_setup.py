@@ -7,10 +7,10 @@ import pytest
 from tiny_runs import assert_same_arrays, make_data, make_words
 
 from experiments.checksums import leaves_by_path
-from experiments.config import parse_command, resolve
 from experiments.data import TrainWindows, resolve_source
 from experiments.devices import place_rows
 from experiments.loss import make_loss
+from experiments.resolve import parse_command, resolve
 from experiments.schedule import make_schedule
 from experiments.setup import hold_out, make_run, read_yardstick
 from lens_jax.probes import spectra
@@ -102,7 +102,7 @@ def test_validation_is_the_mean_loss_of_every_row(data):
     loss_fn = jax.jit(make_loss(GPT(config.arch, config.size)))
     one_by_one = [float(loss_fn(params, {"tokens": row[None]})[0]) for row in rows]
     assert len(rows) == config.data.val_tokens // config.row
-    assert float(run.evaluate(params)) == pytest.approx(np.mean(one_by_one), abs=1e-6)
+    assert float(run.evaluate(params, None)) == pytest.approx(np.mean(one_by_one), abs=1e-6)
 
 
 def test_no_probes_no_probe_set(data):

@@ -17,12 +17,14 @@ from models.ladder import rung_values
 from optim.groups import make_optimizer
 from optim.schedules import Horizon
 
-VOCAB, ROW, WIDTH, LAYERS = 97, 32, 32, 2
+VOCAB, ROW, WIDTH, LAYERS = 97, 32, 32, 4  # encoder and decoder of two layers
+EOT = VOCAB - 1
 TINY = {
     "size.n_layer": LAYERS,
     "size.n_head": 2,
     "size.n_embd": WIDTH,
     "size.vocab_size": VOCAB,
+    "size.eot_token": EOT,
     "size.block": 16,
     "size.short_row": ROW,
     "size.long_row": 2 * ROW,
@@ -59,7 +61,8 @@ def shake(params, seed: int = 1):
 
 
 def random_tokens(rows: int = 4, length: int = ROW + 1, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, (rows, length), dtype=np.int32)
+    """Rows of a single document each: no token opens another."""
+    return np.random.default_rng(seed).integers(0, EOT, (rows, length), dtype=np.int32)
 
 
 class TinyModel:

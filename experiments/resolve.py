@@ -1,0 +1,140 @@
+"""From typed words to the configuration of a run, and back to what explains and names it.
+
+Precedence, whatever the order typed: defaults < tier < profile < rung < typed keys. Nothing here
+imports jax.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import chz
+
+from experiments.config import RunConfig
+from models.command_line import (
+    Layer,
+    UsageError,
+    build,
+    cast_words,
+    flatten,
+    help_page,
+    leaves,
+    parse_words,
+)
+from models.config import TIERS
+from models.ladder import LADDERS, rung_values
+
+ALIASES = {
+    "data": "data.source",
+    "probes": "probes.names",
+    "probe_data": "probes.data",
+    "measure_every": "probes.every",
+}
+
+
+def laptop(tier: str) -> dict[str, Any]:
+    """Sizes at which a run takes minutes on two CPU cores, every mechanism kept.
+
+    Width is an eighth, a mask block 16 tokens instead of 128, a long row 32 blocks instead of 512;
+    published schedule lengths shrink tenfold in steps (1,280-fold in tokens).
+    """
+    return {
+        "size.n_embd": TIERS[tier]["size.n_embd"] // 8,
+        "size.block": 16,
+        "size.short_row": 128,
+        "size.long_row": 512,
+        "accumulate": 1,
+        "max_tokens": 5 * 2**17,
+        "target_loss": None,
+        "anneal": "budget",
+        "time_scale": 0.1,
+        "val_every": 2**17,
+        "checkpoint_every": 2**18,
+        "data.val_tokens": 2**15,
+        "data.probe_offset": 2**16,
+        "data.corpus_vocab": 1024,
+        "probes.window": 128,
+        "probes.windows": 128,
+        "probes.gradient_windows": 64,
+        "probes.first": 2**14,
+        "probes.linear_from": 2**20,
+    }
+
+
+PROFILES = {"paper": lambda tier: {}, "laptop": laptop}
+
+
+def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dict[str, str]]:
+    """The run that typed words ask for, and for every key set the layer that set it.
+
+    `auto_profile` is what profile=auto stands for on this machine. Raises UsageError with one line
+    naming the key, the value and the mend.
+    """
+    typed = cast_words(RunConfig, words)
+    defaults = RunConfig()
+    tier = typed.get("tier", defaults.tier)
+    profile = typed.get("profile", defaults.profile)
+    profile = auto_profile if profile == "auto" else profile
+    rung = typed.get("rung", defaults.rung)
+    ladder = typed.get("ladder", defaults.ladder)
+    layers = (
+        Layer(f"tier={tier}", TIERS[tier]),
+        Layer(f"profile={profile}", PROFILES[profile](tier)),
+        Layer(f"rung={rung}", rung_values(rung, ladder)),
+        Layer("typed", typed | {"profile": profile}),
+    )
+    config, origin = build(RunConfig, layers)
+    if config.target_loss == "published":
+        config = chz.replace(config, target_loss=config.published_target)
+    return config, origin
+
+
+def parse_command(argv: list[str]) -> dict[str, str]:
+    """Words of a command line with aliases resolved; every key is known."""
+    words = parse_words(argv, ALIASES)
+    ladder = words.get("ladder", "published")
+    if "rung" in words and ladder in LADDERS:
+        rung_values(words["rung"], ladder)  # names the rungs there are
+    cast_words(RunConfig, words)
+    return words
+
+
+def help_text(usage: str, words: Mapping[str, str]) -> str:
+    """`--help` of a command that takes a run's keys, with the values the other words give."""
+    config, _ = resolve(words, "laptop")
+    return help_page(usage, RunConfig, ALIASES, flatten(config))
+
+
+def describe_layers(config: RunConfig, origin: Mapping[str, str]) -> list[str]:
+    """One line a layer: the keys whose final value that layer set and that differ from default."""
+    flat, known = flatten(config), leaves(RunConfig)
+    order = {"tier": 0, "profile": 1, "rung": 2, "typed": 3}
+    by_layer: dict[str, list[str]] = {}
+    for key, layer in sorted(origin.items(), key=lambda item: order[item[1].partition("=")[0]]):
+        default = known[key].default
+        default = list(default) if isinstance(default, tuple) else default
+        if flat[key] != default and key not in ("tier", "profile", "rung"):
+            shown = flat[key]
+            shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
+            by_layer.setdefault(layer, []).append(f"{key}={shown}")
+    return [f"{layer}: {' '.join(values)}" for layer, values in by_layer.items()]
+
+
+def from_flat(flat: Mapping[str, Any]) -> RunConfig:
+    """The configuration stored in a run folder's config.json (dotted keys, lists for tuples)."""
+    known = leaves(RunConfig)
+    unknown = sorted(set(flat) - set(known))
+    if unknown:
+        raise UsageError(
+            f"stored configuration has the unknown key {unknown[0]}={flat[unknown[0]]}"
+        )
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in flat.items()}
+    return build(RunConfig, [Layer("stored", values)])[0]
+
+
+def run_name(config: RunConfig) -> str:
+    """A folder name that is the same for the same configuration and tells runs apart."""
+    flat = {k: v for k, v in flatten(config).items() if k not in ("out", "resume")}
+    digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{config.rung}-{config.tier}-{config.profile}-b{config.batch}-s{config.seed}-{digest}"
