@@ -1,17 +1,29 @@
-"""Time the training step, what each probe adds to it, and three routes to per-sample gradients.
+"""Time the training step, the lens inside it, three routes to per-sample gradients, and kernels.
 
     python -m experiments.bench tier=d12 profile=laptop
     python -m experiments.bench sections=gradients probes.gradient_windows=32 loop_layers=1
+    python -m experiments.bench sections=attention lengths=4096,8192,16384
+    python -m experiments.bench peer=torch
     python -m experiments.bench --help
 
 Progress goes to stderr, one JSON document to stdout and to out=FILE. Variants are timed in turns,
 so the ratios within a document hold also where the machine is noisy; every key of
-`python -m experiments.train` that sizes a run is taken too. The sections:
+`python -m experiments.train` that sizes a run is taken too. Tokens are random, cut into documents
+whose lengths follow the published law, and windows are at their widest. The sections:
 
   train      tokens per second of the plain compiled step of each rung
   probes     the step with each probe alone and with all, on the fixed probe set and on the batch
   gradients  one backward pass against vmap(grad) and against a loop over samples and matrices
   memory     bytes of the compiled programs, per device
+
+and, where they are named,
+
+  attention  each implementation on one row of each of lengths=: time, growth, memory, waste
+  loss       the chunked loss and its gradients against the same from all logits at once
+  muon       Newton-Schulz by shape against a call a matrix
+  scatter    four ways to sum the gradient of an embedding table
+
+peer=torch times PyTorch's step beside ours, and alone where no sections are named.
 """
 
 import json
@@ -27,6 +39,7 @@ import chz
 
 from experiments.config import PROBES, RunConfig, probed_layers
 from experiments.resolve import ALIASES, resolve
+from experiments.train import sized_by
 from models.command_line import (
     Layer,
     UsageError,
@@ -39,11 +52,13 @@ from models.command_line import (
     parse_words,
     run_command,
 )
-from models.ladder import RUNGS, rung_values
+from models.ladder import ALL_RUNGS, DEFAULT_RUNG
 
 SECTIONS = ("train", "probes", "gradients", "memory")
+KERNELS = ("attention", "loss", "muon", "scatter")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 VARIED = ("probes.names", "probes.data")
+EOT = 0  # token that opens a document
 
 
 @chz.chz
@@ -51,31 +66,48 @@ class BenchConfig:
     """What a benchmark run times, apart from the sizes, which are those of a RunConfig."""
 
     sections: tuple[str, ...] = chz.field(default=SECTIONS, doc="what to time")
-    rungs: tuple[str, ...] = chz.field(default=RUNGS, doc="rungs of the section train")
-    rung: Literal[RUNGS] = chz.field(default="untied", doc="rung of the other sections")
+    rungs: tuple[str, ...] = chz.field(
+        default=("baseline", "untied", "attnscale"), doc="rungs of the section train"
+    )
+    rung: Literal[ALL_RUNGS] = chz.field(default=DEFAULT_RUNG, doc="rung of the other sections")
+    peer: Literal["none", "torch"] = chz.field(
+        default="none", doc="time another library's training step beside ours"
+    )
     repeats: int = chz.field(default=5, doc="timed calls of every variant, after one untimed")
     loop_layers: int | None = chz.field(
         default=None, doc="layers that the loop over samples visits, then scaled; none: all probed"
+    )
+    lengths: tuple[int, ...] = chz.field(
+        default=(2048, 4096, 8192, 16_384), doc="tokens of a row in the section attention"
     )
     out: str | None = chz.field(default=None, doc="file for the JSON document, beside stdout")
 
     @chz.validate
     def _ranges(self):
         for name in self.sections:
-            if name not in SECTIONS:
-                raise ValueError(f"sections={name}: choose among {', '.join(SECTIONS)}")
-        if not self.sections or not self.rungs:
+            if name not in (*SECTIONS, *KERNELS):
+                known = ", ".join((*SECTIONS, *KERNELS))
+                raise ValueError(f"sections={name}: choose among {known}")
+        if not (self.sections or self.peer != "none") or not self.rungs:
             raise ValueError("sections= and rungs= need at least one name each")
         for name in self.rungs:
-            rung_values(name)  # names the rungs that are built
+            if name not in ALL_RUNGS:
+                raise ValueError(f"rungs={name}: choose among {', '.join(ALL_RUNGS)}")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats}: give at least 1")
         if self.loop_layers is not None and self.loop_layers < 1:
             raise ValueError(f"loop_layers={self.loop_layers}: give at least 1, or none")
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError(f"lengths={','.join(map(str, self.lengths))}: give at least 2 tokens")
         if self.out is not None:
-            check_path("out", self.out)
-        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
-            raise ValueError(f"out={self.out}: its folder does not exist; make it, or choose one")
+            check_report(self.out)
+
+
+def check_report(out: str) -> None:
+    """Raises ValueError for a path at which no report can be written."""
+    check_path("out", out)
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"out={out}: its folder does not exist; make it, or choose one")
 
 
 def main(argv: list[str]) -> int:
@@ -86,8 +118,7 @@ def main(argv: list[str]) -> int:
         print(help_page(__doc__, BenchConfig, {}, flatten(plan)))
         print("  and every key of a run, with its meaning in python -m experiments.train --help")
         return 0
-    configs = {rung: resolve_rung(words, rung) for rung in dict.fromkeys((*plan.rungs, plan.rung))}
-    report = run_bench(plan, configs, argv)
+    report = run_bench(plan, words, argv)
     print(json.dumps(report, indent=2, allow_nan=False))
     if plan.out is not None:
         from experiments.atomic_files import write_json
@@ -96,55 +127,97 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def own_words(command: type, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A command's own keys with typed values, and the words that are left for the run.
+
+    Every value is cast, the run's too, so that a mistake is answered at once; raises UsageError.
+    """
+    words = parse_words(argv, ALIASES)
+    own = leaves(command)
+    typed = cast_words(RunConfig, words, leaves(RunConfig) | own)
+    values = {key: value for key, value in typed.items() if key in own}
+    return values, {key: text for key, text in words.items() if key not in own}
+
+
 def parse_bench(argv: list[str]) -> tuple[BenchConfig, dict[str, str]]:
     """The benchmark's own keys as a BenchConfig, and the words that are left for the run.
 
-    Every value is cast and every rung resolved once, so that a mistake is answered at once.
-    Raises UsageError.
+    Every rung is resolved once, so that a mistake is answered at once. Raises UsageError.
     """
-    words = parse_words(argv, ALIASES)
-    own = leaves(BenchConfig)
-    typed = cast_words(RunConfig, words, leaves(RunConfig) | own)
+    values, words = own_words(BenchConfig, argv)
     for key in VARIED:
         if key in words:
             raise UsageError(f"{key}={words[key]} is what the benchmark varies; leave it out")
-    values = {key: value for key, value in typed.items() if key in own}
+    if values.get("peer", "none") != "none":
+        values = {"sections": ()} | values
     plan, _ = build(BenchConfig, [Layer("typed", values)])
-    words = {key: text for key, text in words.items() if key not in own}
-    for rung in (*plan.rungs, plan.rung):
+    for rung in (plan.rung, *(plan.rungs if "train" in plan.sections else ())):
         resolve(words | {"rung": rung}, "laptop")
     return plan, words
 
 
 def resolve_rung(words: dict[str, str], rung: str) -> RunConfig:
-    """The configuration of one rung, with all probes and a vocabulary."""
+    """The configuration of one rung, with all probes, a vocabulary and a token for documents."""
+    return sized(words | {"rung": rung, "probes.names": ",".join(PROBES)})
+
+
+def sized(words: dict[str, str]) -> RunConfig:
+    """The configuration that words give on this machine, its vocabulary that of the corpus."""
     auto = "laptop"
     if words.get("profile", "auto") == "auto":
         from experiments.devices import auto_profile
 
         auto, _ = auto_profile()
-    config, _ = resolve(words | {"rung": rung, "probes.names": ",".join(PROBES)}, auto)
-    if config.size.vocab_size is None:
-        size = chz.replace(config.size, vocab_size=config.data.corpus_vocab)
-        config = chz.replace(config, size=size)
-    return config
+    config, _ = resolve(words, auto)
+    return sized_by(config, config.data.corpus_vocab, EOT)
 
 
-def run_bench(plan: BenchConfig, configs: dict[str, RunConfig], argv: list[str]) -> dict[str, Any]:
+def run_bench(plan: BenchConfig, words: dict[str, str], argv: list[str]) -> dict[str, Any]:
     """Run the chosen sections; returns the JSON document."""
     from experiments.devices import split_cpu
 
     load = os.getloadavg()  # before this process adds its own
     split_cpu()
+    config = resolve_rung(words, plan.rung)
+    report = {"environment": environment(plan, config, argv, load)}
+    for section in KERNELS:
+        if section in plan.sections:
+            note(f"section {section}")
+            report[section] = run_kernels(section, config, plan)
+    if set(SECTIONS) & set(plan.sections):
+        report |= run_steps(plan, words, config)
+    if plan.peer != "none":
+        note("section peer")
+        report["peer"] = run_peer(words, plan.repeats)
+    return report
+
+
+def run_kernels(section: str, config: RunConfig, plan: BenchConfig) -> dict[str, Any]:
+    """One of the sections that need no training step."""
+    from experiments import bench_kernels, bench_updates
+
+    if section == "attention":
+        return bench_kernels.attention_section(config, plan.lengths, plan.repeats, note)
+    sections = {
+        "loss": bench_kernels.loss_section,
+        "muon": bench_updates.muon_section,
+        "scatter": bench_updates.scatter_section,
+    }
+    return sections[section](config, plan.repeats, note)
+
+
+def run_steps(plan: BenchConfig, words: dict[str, str], config: RunConfig) -> dict[str, Any]:
+    """The sections about the training step and its probes."""
     from experiments.bench_gradients import GradientRoutes, gradient_memory, gradients_section
     from experiments.bench_steps import Bench, probes_section, step_memory, train_section
 
-    bench = Bench(configs[plan.rung], note)
-    report = {"environment": environment(plan, bench, argv, load)}
+    report: dict[str, Any] = {}
+    bench = Bench(config, note)
     if "train" in plan.sections:
         note("section train")
         benches = {
-            rung: bench if rung == plan.rung else Bench(configs[rung], note) for rung in plan.rungs
+            rung: bench if rung == plan.rung else Bench(resolve_rung(words, rung), note)
+            for rung in plan.rungs
         }
         report["train"] = train_section(benches, plan.repeats)
         del benches  # the other rungs' states
@@ -162,16 +235,29 @@ def run_bench(plan: BenchConfig, configs: dict[str, RunConfig], argv: list[str])
     return report
 
 
+def run_peer(words: dict[str, str], repeats: int) -> dict[str, Any]:
+    """The step of another library beside ours, for the rungs that it has."""
+    from experiments.bench_peer import PEER_RUNGS, load_torch, peer_section
+    from experiments.bench_steps import Bench
+
+    load_torch()  # where it is missing nothing need be compiled to say so
+    benches = {rung: Bench(resolve_rung(words, rung), note) for rung in PEER_RUNGS}
+    return peer_section(benches, repeats, note)
+
+
 def note(line: str) -> None:
     """A progress line."""
     print(line, file=sys.stderr, flush=True)
 
 
-def environment(plan: BenchConfig, bench, argv: list[str], load) -> dict[str, Any]:
+def environment(plan: BenchConfig, config: RunConfig, argv: list[str], load) -> dict[str, Any]:
     """On what, with which versions and at which sizes the times were taken."""
     import jax
 
-    config, mesh = bench.config, bench.plain_run.mesh
+    from experiments.devices import make_mesh
+    from experiments.setup import compute_dtype
+
+    mesh = make_mesh(config.rows_per_step // config.accumulate)
     return {
         "command": shlex.join(["python", "-m", "experiments.bench", *argv]),
         "device_kind": mesh.devices.flat[0].device_kind,
@@ -192,7 +278,7 @@ def environment(plan: BenchConfig, bench, argv: list[str], load) -> dict[str, An
             "rows_per_step": config.rows_per_step,
             "accumulate": config.accumulate,
             "tokens_per_step": config.tokens_per_step,
-            "compute_dtype": bench.plain_run.facts["dtype"],
+            "compute_dtype": compute_dtype(config).name,
             "probe_window": config.probes.window,
             "probe_windows": config.probes.windows,
             "gradient_windows": config.probes.gradient_windows,

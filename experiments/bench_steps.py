@@ -8,14 +8,16 @@ import chz
 import jax
 import numpy as np
 
+from experiments.bench_documents import random_documents
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.config import PROBES, RunConfig
 from experiments.data import HeldOut
 from experiments.devices import place_rows, replicated
 from experiments.schedule import make_schedule
-from experiments.setup import make_run
+from experiments.setup import make_run, probe_at, with_window
 from lens_jax.probes import spectra
 from models.command_line import UsageError
+from models.windows import widest_window
 
 NOISE = 0.02  # scale of what is added to fresh weights
 SELECTIONS = {name: (name,) for name in PROBES} | {"all": PROBES}
@@ -30,10 +32,10 @@ class Program(NamedTuple):
     memory: dict[str, int]
 
 
-def compile_program(function, *arguments, **static) -> Program:
+def compile_program(function, *arguments, compiler_options=None, **static) -> Program:
     """Lower and compile a jitted function for these arguments."""
     began = time.perf_counter()
-    compiled = function.lower(*arguments, **static).compile()
+    compiled = function.lower(*arguments, **static).compile(compiler_options)
     seconds = time.perf_counter() - began
     stats = compiled.memory_analysis()
     memory = {
@@ -54,11 +56,13 @@ def compile_program(function, *arguments, **static) -> Program:
 class Bench:
     """One rung: its training steps with and without probes, compiled once each, and a state.
 
-    `config` has a vocabulary. Tokens are random, since no time depends on what they say.
+    `config` has a vocabulary and a token for documents. Tokens are random, since no time depends on
+    what they say; windows are at their widest.
     """
 
     def __init__(self, config: RunConfig, note: Callable[[str], None]):
         self.config, self.note = config, note
+        self.window = widest_window(config.arch, config.size)
         self.random = np.random.default_rng(config.seed)
         # validation is never run; one micro-batch stands in for its rows
         self.held = HeldOut(
@@ -70,14 +74,14 @@ class Bench:
         mesh = self.plain_run.mesh
         rows = self._tokens(config.rows_per_step, config.row)
         rows = rows.reshape(config.accumulate, -1, config.row + 1)
-        self.batches = {"tokens": place_rows(mesh, rows, axis=1)}
+        self.batches = with_window({"tokens": place_rows(mesh, rows, axis=1)}, mesh, self.window)
         self.state = jax.jit(self._noisy_state, out_shardings=replicated(mesh))()
         self._programs: dict[tuple, Program] = {}
 
     def _tokens(self, rows: int, window: int) -> np.ndarray:
-        return self.random.integers(
-            self.config.size.vocab_size, size=(rows, window + 1), dtype=np.int32
-        )
+        size = self.config.size
+        shape = rows, window + 1
+        return random_documents(self.random, shape, size.vocab_size, size.eot_token, size.block)
 
     def _noisy_state(self):
         """A fresh state with noise on every parameter.
@@ -94,10 +98,14 @@ class Bench:
         return state._replace(params=jax.tree.unflatten(structure, noisy))
 
     def make_run(self, probes: tuple[str, ...], probe_data: str):
-        """The run that training with these probes would build, on the same mesh."""
+        """The run that training with these probes would build, on the same mesh.
+
+        Its probe set carries the window.
+        """
         chosen = chz.replace(self.config.probes, names=probes, data=probe_data)
         config = chz.replace(self.config, probes=chosen)
-        return make_run(config, make_schedule(config), self.held)
+        run = make_run(config, make_schedule(config), self.held)
+        return run._replace(probe_batch=probe_at(run.probe_batch, run.mesh, self.window))
 
     def program(self, probes: tuple[str, ...] = (), probe_data: str = "fixed") -> Program:
         """The compiled step that measures with these probes; none: the plain training step."""

@@ -75,6 +75,15 @@ def replicated(mesh):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def split_leading(mesh):
+    """The sharding that cuts the leading axis among the devices; None where there is only one."""
+    import jax
+
+    if mesh.size == 1:
+        return None
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+
 def place_rows(mesh, tokens: Any, *, axis: int):
     """A host array on the mesh, split along `axis` where the devices divide it, else copied."""
     import jax

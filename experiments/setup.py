@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.config import RunConfig, probed_layers
 from experiments.data import HeldOut, TokenFiles, held_out, token_hash
-from experiments.devices import make_mesh, place_rows, replicated
+from experiments.devices import make_mesh, place_rows, replicated, split_leading
 from experiments.loss import make_loss
 from experiments.schedule import Schedule
 from lens_jax.gradients import Sink
@@ -114,7 +114,7 @@ def make_run(
     model = make_model(config)
     loss_fn = make_loss(model)
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
-    tx = make_optimizer(config.optim, schedule.horizon, shapes)
+    tx = make_optimizer(config.optim, schedule.horizon, shapes, split=split_leading(mesh))
     lens = make_lens(config)
     step = make_train_step(
         loss_fn,

@@ -51,7 +51,7 @@ def attention(
     mask = {"documents": documents, "window": window, "rule": rule, "block": block}
     if chosen == "dense":
         return dense_attention(q, k, v, visible_pairs(q.shape[:2], **mask), scale)
-    first = first_keys(q.shape[:2], **mask)
+    first = first_keys(q.shape[:2], **mask) if masked or chosen == "pallas" else None
     if chosen == "pallas":
         return flash.flash_attention(q, k, v, first, scale=scale)
     return blocked_attention(q, k, v, first, scale, widest if rule != "none" else None)
@@ -77,7 +77,7 @@ def choose(implementation: Implementation, masked: bool, dtype, head_dim: int) -
         )
     if implementation == "pallas" and not flash_runs:
         raise ValueError(
-            f"attention=pallas needs a GPU and heads of a power of two from 16 on (here "
+            f"attention=pallas needs a GPU, and heads of a power of two from 16 to 256 (here "
             f"{jax.default_backend()}, heads of {head_dim}); choose attention=auto"
         )
     return implementation

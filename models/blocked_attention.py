@@ -1,8 +1,10 @@
 """Attention in plain JAX, a block of queries at a time against the keys within its reach.
 
-Nothing outlives its block but the output and the logarithm of each softmax's denominator; the
-backward pass forms the weights again from them (arXiv 2205.14135, section 3 and appendix B, with
-a whole reach of keys in place of a tile). Time and memory are O(T (reach + block)).
+A long row goes through a loop, and nothing outlives a block but the output and the logarithm of
+each softmax's denominator; the backward pass forms the weights again from them (arXiv 2205.14135,
+section 3 and appendix B, with a whole reach of keys in place of a tile). Time and memory are
+O(T (reach + block)). A short row is cut into four without a loop and keeps its weights, since
+exponentials are what a CPU is slowest at.
 """
 
 from collections.abc import Iterator
@@ -11,59 +13,72 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-SHORT_ROW = 1024  # up to here a row is cut into four, without a loop
+SHORT_ROW = 1024
 QUERY_BLOCK = 256  # queries in a block of a longer row
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def blocked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array, scale: float, reach: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first_key: jax.Array | None,
+    scale: float,
+    reach: int | None,
 ) -> jax.Array:
     """softmax(scale q k') v over the keys first_key[b, q] to q.
 
-    q, k, v: (B, T, H, K); first_key: (B, T) int32; reach: no query sees `reach` or more positions
-    back (None: no bound). Scores, softmax and sums are float32; the result has v's dtype.
+    q, k, v: (B, T, H, K); first_key: (B, T) int32, None for 0 everywhere; reach: no query sees
+    `reach` or more positions back (None: no bound). Scores, softmax and sums are float32; the
+    result has v's dtype.
     """
-    return _forward(q, k, v, first_key, scale, reach)[0]
-
-
-def _forward(q, k, v, first_key, scale, reach):
-    heads = tuple(_heads_first(x) for x in (q, k, v))
+    heads = tuple(_heads_first(x) for x in (q, k, v))  # (B, H, T, K)
     if q.shape[1] <= SHORT_ROW:
-        found = [
-            _attend(*(x[:, :, queries] for x in heads[:1]), *(x[:, :, keys] for x in heads[1:]),
-                    first_key[:, queries], queries.start, keys.start, scale)
-            for queries, keys in _spans(q.shape[1], reach)
-        ]  # fmt: skip
-        out, lse = (jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True))
+        out = _short(*heads, first_key, scale, reach)
     else:
-        out, lse = _loop_forward(*heads, first_key, scale, reach)
-    return _heads_first(out), (q, k, v, first_key, out, lse)
+        if first_key is None:
+            first_key = jnp.zeros(q.shape[:2], jnp.int32)
+        out = _long(*heads, first_key, scale, reach)
+    return _heads_first(out)
 
 
-def _backward(scale, reach, residuals, cotangent):
+def _short(q, k, v, first_key, scale, reach):
+    blocks = []
+    for queries, keys in _spans(q.shape[2], reach):
+        first = None if first_key is None else first_key[:, queries]
+        near = k[:, :, keys], v[:, :, keys]
+        out, _ = _attend(q[:, :, queries], *near, first, queries.start, keys.start, scale)
+        blocks.append(out)
+    return jnp.concatenate(blocks, axis=2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _long(q, k, v, first_key, scale, reach):
+    return _loop_forward(q, k, v, first_key, scale, reach)[0]
+
+
+def _long_forward(q, k, v, first_key, scale, reach):
+    out, lse = _loop_forward(q, k, v, first_key, scale, reach)
+    return out, (q, k, v, first_key, out, lse)
+
+
+def _long_backward(scale, reach, residuals, cotangent):
     q, k, v, first_key, out, lse = residuals
-    cotangent = _heads_first(cotangent)
     delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    q, k, v = (_heads_first(x) for x in (q, k, v))
     by_query = (q, cotangent, lse, delta)
-    if q.shape[2] > SHORT_ROW:
-        grads = _loop_backward(by_query, k, v, first_key, scale, reach)
-    else:
-        dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-        for queries, keys in _spans(q.shape[2], reach):
-            dq_part, dk_part, dv_part = _attend_backward(
-                *(x[:, :, queries] for x in by_query), k[:, :, keys], v[:, :, keys],
-                first_key[:, queries], queries.start, keys.start, scale,
-            )  # fmt: skip
-            dq.append(dq_part)
-            dk, dv = dk.at[:, :, keys].add(dk_part), dv.at[:, :, keys].add(dv_part)
-        grads = jnp.concatenate(dq, axis=2), dk, dv
-    dq, dk, dv = (_heads_first(g.astype(x.dtype)) for g, x in zip(grads, (q, k, v), strict=True))
-    return dq, dk, dv, None
+    grads = _loop_backward(by_query, k, v, first_key, scale, reach)
+    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 
-blocked_attention.defvjp(_forward, _backward)
+_long.defvjp(_long_forward, _long_backward)
+
+
+def computed_pairs(length: int, reach: int | None) -> int:
+    """Scores that a head's forward pass over a row computes, to hold against the mask's."""
+    if length <= SHORT_ROW:
+        spans = _spans(length, reach)
+        return sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans)
+    blocks, _, before = _layout(length, reach)
+    return blocks * QUERY_BLOCK * (before + QUERY_BLOCK)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:  # (B, T, H, K) <-> (B, H, T, K)
@@ -82,7 +97,8 @@ def _spans(length: int, reach: int | None) -> Iterator[tuple[slice, slice]]:
 def _attend(q, k, v, first, start, lowest, scale):
     """A block of queries (B, H, C, K) from `start` on, keys (B, H, S, K) from `lowest` on."""
     scores = _scores(q, k, first, start, lowest, scale)  # (B, H, C, S)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
+    # any number would do here, so none of the gradient goes through it
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum(
@@ -105,7 +121,9 @@ def _scores(q, k, first, start, lowest, scale):
     scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32)
     query = (start + jnp.arange(q.shape[2]))[None, :, None]
     key = (lowest + jnp.arange(k.shape[2]))[None, None, :]
-    visible = (key >= first[:, :, None]) & (key <= query)  # (B, C, S)
+    visible = key <= query
+    if first is not None:
+        visible = visible & (key >= first[:, :, None])  # (B, C, S)
     return jnp.where(visible[:, None], scale * scores, -jnp.inf)
 
 

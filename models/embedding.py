@@ -1,9 +1,56 @@
-"""Lookup of embedding rows (tokens, positions, values), and its gradient."""
+"""Lookup of embedding rows (tokens, values), and two ways to sum its gradient.
+
+Frequent tokens make the sum a contest: on a CPU a plain scatter-add is fastest, while some jaxlibs
+turn float32 atomic adds on NVIDIA GPUs into loops of compare and swap, hundreds of times slower
+where many tokens are equal (openxla/xla issue 46225). `scan_rows` writes every row of the table at
+most once. `python -m experiments.bench sections=scatter` and benchmarks/first_gpu.py time both.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
+@jax.custom_vjp
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of table (V, D) at ids (B, T), as (B, T, D); an id outside the table gives NaN."""
     return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def _take_forward(table, ids):
+    return take_rows(table, ids), (table, ids)
+
+
+def _take_backward(residuals, cotangent):
+    table, ids = residuals
+    vocab, width = table.shape
+    # the choice for GPUs is by the argument above, not by a measurement
+    sum_rows = scan_rows if jax.default_backend() == "gpu" else scatter_rows
+    total = sum_rows(ids.reshape(-1), cotangent.reshape(-1, width), vocab)
+    return total.astype(table.dtype), None
+
+
+take_rows.defvjp(_take_forward, _take_backward)
+
+
+def scatter_rows(ids: jax.Array, rows: jax.Array, vocab: int) -> jax.Array:
+    """Sum of the rows (N, D) of every id (N,), (V, D) in their dtype: a scatter-add in order."""
+    return jnp.zeros((vocab, rows.shape[1]), rows.dtype).at[ids].add(rows, mode="drop")
+
+
+def scan_rows(ids: jax.Array, rows: jax.Array, vocab: int) -> jax.Array:
+    """The same by a parallel scan over the sorted ids, then one row written for each id."""
+    order = jnp.argsort(ids)
+    ids, rows = ids[order], rows[order]
+    first = jnp.diff(ids, prepend=-1) != 0
+    last = jnp.diff(ids, append=vocab) != 0
+
+    def add(left, right):
+        (left_first, left_sum), (right_first, right_sum) = left, right
+        kept = jnp.where(right_first[:, None], 0, left_sum)
+        return left_first | right_first, kept + right_sum
+
+    _, sums = jax.lax.associative_scan(add, (first, rows))
+    # all but the last of an id go to places of their own beyond the table, which are dropped
+    places = jnp.where(last, ids, vocab + jnp.arange(len(ids), dtype=ids.dtype))
+    table = jnp.zeros((vocab, rows.shape[1]), rows.dtype)
+    return table.at[places].set(sums, mode="drop", unique_indices=True)

@@ -85,29 +85,39 @@ def rates(rung: Rung, ladder: str, present: Iterable[str]) -> list[str]:
 
 
 def print_ladder(ladder: str) -> None:
-    """Three tables: the diffs, and what they come to in parameters and in learning rates."""
+    """Three tables: the diffs, and what they come to in parameters and in learning rates.
+
+    The diffs are there at once; counting traces every rung at every tier, which takes a while.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     rungs = LADDERS[ladder]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+
+    def show(table):
+        table.box, table.title_justify = box.ROUNDED, "left"
+        console.print(table)
+
     diffs = Table("rung", "change", "riders", title="Diffs, each over the rung above")
+    for rung in rungs:
+        name = rung.name if rung.over is None else f"{rung.name} (over {rung.over})"
+        diffs.add_row(name, rung.change, riders(rung), end_section=rung is not rungs[-1])
+    show(diffs)
     counts = Table(title="Parameters")
     for name in ("rung", *TIERS):
         counts.add_column(name, justify="left" if name == "rung" else "right", no_wrap=True)
     groups = Table("rung", "matrices", *GROUPS, title="Learning rates of the optimizer groups")
-    for rung in rungs:
-        name = rung.name if rung.over is None else f"{rung.name}\n(over {rung.over})"
-        diffs.add_row(name, rung.change, riders(rung), end_section=rung is not rungs[-1])
-        shapes = [parameter_shapes(rung.name, tier, ladder) for tier in TIERS]
-        counts.add_row(rung.name, *(f"{count_parameters(each):,}" for each in shapes))
-        groups.add_row(rung.name, *rates(rung, ladder, groups_present(shapes[0])))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
-    for table in (diffs, counts, groups):
-        table.box, table.title_justify = box.ROUNDED, "left"
-        console.print(table)
+    with console.status("counting parameters"):
+        for rung in rungs:
+            shapes = [parameter_shapes(rung.name, tier, ladder) for tier in TIERS]
+            counts.add_row(rung.name, *(f"{count_parameters(each):,}" for each in shapes))
+            groups.add_row(rung.name, *rates(rung, ladder, groups_present(shapes[0])))
+    show(counts)
+    show(groups)
     print("default: see python -m experiments.train --help rung=baseline; -: an empty group")
 
 

@@ -50,19 +50,25 @@ def group_labels(params):
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def make_optimizer(config: OptimConfig, horizon: Horizon, params) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig,
+    horizon: Horizon,
+    params,
+    *,
+    split: jax.sharding.NamedSharding | None = None,
+) -> optax.GradientTransformation:
     """Build clip -> {embed, head, matrix, scalar}, each group with its rule and its learning rate.
 
     `params` gives paths and shapes only, so a tree of ShapeDtypeStruct will do; a group may be
-    empty. Adam is torch's: epsilon outside the root of the bias-corrected second moment, decoupled
-    decay p <- p (1 - lr wd) at the rate of the same step, and no decay on Muon's matrices. The clip
-    is over all parameters at once, before any rule; unlike torch's it adds no 1e-6 to the norm.
-    Raises ValueError for a parameter of no group. Source: ladder spec 5.1 to 5.3; AdamW is arXiv
-    1711.05101.
+    empty. split: see `optim.muon.scale_by_muon`. Adam is torch's: epsilon outside the root of the
+    bias-corrected second moment, decoupled decay p <- p (1 - lr wd) at the rate of the same step,
+    and no decay on Muon's matrices. The clip is over all parameters at once, before any rule;
+    unlike torch's it adds no 1e-6 to the norm. Raises ValueError for a parameter of no group.
+    Source: ladder spec 5.1 to 5.3; AdamW is arXiv 1711.05101.
     """
     rules = {
         group: optax.chain(
-            _direction(config, horizon, group),
+            _direction(config, horizon, group, split),
             optax.scale_by_learning_rate(_rate(config, horizon, group)),
         )
         for group in GROUPS
@@ -91,12 +97,15 @@ def _rate(config: OptimConfig, horizon: Horizon, group: str) -> Callable:
     return lambda step: peak * factor(step)
 
 
-def _direction(config: OptimConfig, horizon: Horizon, group: str) -> optax.GradientTransformation:
+def _direction(
+    config: OptimConfig, horizon: Horizon, group: str, split
+) -> optax.GradientTransformation:
     if group == "matrix" and config.matrices == "muon":
         return scale_by_muon(
             momentum(config, horizon.momentum_steps),
             ns_steps=config.ns_steps,
             ns_dtype=config.ns_dtype,
+            split=split,
         )
     b1, b2 = getattr(config, f"{group}_betas")
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=config.eps)

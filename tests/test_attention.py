@@ -197,7 +197,7 @@ def test_a_choice_that_cannot_run_is_refused_and_auto_runs_anywhere():
     with pytest.raises(ValueError, match="attention=cudnn needs an NVIDIA GPU"):
         choose("cudnn", False, jnp.bfloat16, 64)
     with pytest.raises(
-        ValueError, match="attention=pallas needs a GPU and heads of a power of two"
+        ValueError, match="attention=pallas needs a GPU, and heads of a power of two"
     ):
         choose("pallas", True, jnp.bfloat16, 64)
 

@@ -9,34 +9,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import quick_compiler
 
-from experiments.bench import BenchConfig, main, parse_bench, resolve_rung
+from experiments import bench_peer, bench_steps
+from experiments.bench import BenchConfig, main, parse_bench, resolve_rung, run_peer
+from experiments.bench_documents import random_documents
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from models.command_line import UsageError, leaves
 from models.ladder import RUNGS
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "profile=laptop",
-    "rung=baseline",
-    "rungs=baseline",
-    "size.n_layer=2",
-    "size.n_head=2",
-    "size.n_embd=32",
-    "size.block=8",
-    "size.short_row=16",
-    "size.long_row=32",
-    "size.vocab_size=64",
-    "batch=4",
-    "probes.window=16",
-    "probes.windows=16",
-    "probes.gradient_windows=8",
-    "probes.chunk=8",
-    "probes.matrices=mlp.c_proj",
-    "data.val_tokens=32",
-    "loop_layers=1",
-    "repeats=1",
-]
+SIZES = {
+    "profile": "laptop",
+    "size.n_layer": "2",
+    "size.n_head": "2",
+    "size.n_embd": "32",
+    "size.block": "8",
+    "size.short_row": "16",
+    "size.long_row": "32",
+    "size.vocab_size": "64",
+    "batch": "4",
+    "probes.window": "16",
+    "probes.windows": "16",
+    "probes.gradient_windows": "8",
+    "probes.chunk": "8",
+    "probes.matrices": "mlp.c_proj",
+    "data.val_tokens": "32",
+}
+TINY = [f"{key}={value}" for key, value in SIZES.items()]
+TINY += ["rung=baseline", "rungs=baseline,attnscale", "loop_layers=1", "repeats=1"]
 QUICK_COMPILER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 SELECTIONS = ("activation", "gradient", "weight", "all")
 
@@ -73,12 +74,12 @@ def test_environment_says_on_what_and_how_large(report):
 
 def test_train_has_throughput_of_every_rung(report):
     section = report["train"]
-    assert set(section["rungs"]) == {"baseline"}
-    entry = section["rungs"]["baseline"]
-    assert_times(entry["step"])
-    assert entry["tokens_per_s"] == pytest.approx(128 / entry["step"]["median_s"])
-    assert entry["speed_ratio"] == 1
-    assert entry["compile_s"] > 0
+    assert set(section["rungs"]) == {"baseline", "attnscale"}
+    for entry in section["rungs"].values():
+        assert_times(entry["step"])
+        assert entry["tokens_per_s"] == pytest.approx(128 / entry["step"]["median_s"])
+        assert entry["compile_s"] > 0
+    assert section["rungs"]["baseline"]["speed_ratio"] == 1
 
 
 @pytest.mark.parametrize("data", ["fixed", "batch"])
@@ -141,9 +142,11 @@ def test_help_lists_the_keys(capsys):
     [
         ("repeat=3", "unknown key repeat=3; did you mean repeats?"),
         ("repeats=0", "repeats=0: give at least 1"),
-        ("sections=speed", "sections=speed: choose among train, probes, gradients, memory"),
+        ("sections=speed", "sections=speed: choose among train, probes, gradients, memory, att"),
         ("sections=", "sections= and rungs= need at least one name each"),
-        ("rungs=unet", "rung=unet is not built yet"),
+        ("rungs=nonet", "rungs=nonet: choose among baseline, rope, muon"),
+        ("peer=tf", "peer=tf: give one of none, torch"),
+        ("lengths=1", "lengths=1: give at least 2 tokens"),
         ("probes=weight", "probes.names=weight is what the benchmark varies"),
         ("loop_layers=0", "loop_layers=0: give at least 1, or none"),
         ("out=/nowhere/at/all.json", "out=/nowhere/at/all.json: its folder does not exist"),
@@ -170,12 +173,24 @@ def test_a_bad_key_exits_with_2_and_needs_no_jax():
     assert done.stderr == "error: unknown key repeat=3; did you mean repeats?\n"
 
 
+def test_the_kernels_are_timed_only_where_they_are_named():
+    assert parse_bench([])[0].sections == ("train", "probes", "gradients", "memory")
+    assert parse_bench(["sections=muon"])[0].sections == ("muon",)
+    assert parse_bench(["peer=torch"])[0].sections == ()
+    assert parse_bench(["peer=torch", "sections=loss"])[0].sections == ("loss",)
+
+
+def test_a_rung_that_is_not_timed_need_not_be_on_the_ladder():
+    parse_bench(["ladder=clean", "rung=attnscale", "sections=muon"])
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 def test_every_rung_resolves_with_all_probes_and_a_vocabulary(rung):
     config = resolve_rung({"profile": "laptop"}, rung)
     assert config.rung == rung
     assert config.probes.names == ("activation", "gradient", "weight")
     assert config.size.vocab_size == config.data.corpus_vocab
+    assert config.size.eot_token == 0
 
 
 def test_variants_are_timed_in_turns_after_one_untimed_call_each():
@@ -211,3 +226,47 @@ def test_differences_count_only_large_singular_values():
     exact = {"a": np.array([10.0, 1.0, 1e-6]), "b": np.array([2.0])}
     ours = {"a": np.array([10.0, 1.01, 5e-6]), "b": np.array([2.0]), "c": np.array([1.0])}
     assert largest_difference(ours, exact) == pytest.approx(0.01)
+
+
+def test_documents_are_as_long_as_published():
+    tokens = random_documents(np.random.default_rng(0), (40, 100_000), 50, 7, 128)
+    assert tokens.dtype == np.int32
+    assert set(np.unique(tokens)) == set(range(50))
+    lengths = np.diff(np.flatnonzero(tokens == 7))
+    assert np.median(lengths) == pytest.approx(403, rel=0.05)
+    assert lengths.mean() == pytest.approx(690, rel=0.05)
+
+
+def test_documents_shrink_with_the_mask_block():
+    tokens = random_documents(np.random.default_rng(0), (10, 100_000), 50, 0, 16)
+    lengths = np.diff(np.flatnonzero(tokens == 0))
+    assert lengths.mean() == pytest.approx(690 / 8, rel=0.05)
+
+
+def test_batches_have_documents_and_the_widest_window():
+    config = resolve_rung(SIZES, "attnscale")
+    with quick_compiler():
+        bench = bench_steps.Bench(config, print)
+        run = bench.make_run(("activation",), "fixed")
+    widest = 14 * config.size.block
+    assert set(np.asarray(bench.batches["window"]).flat) == {widest}
+    assert bench.batches["window"].shape == bench.batches["tokens"].shape[:2]
+    for batch in run.probe_batch:
+        assert set(np.asarray(batch["window"]).flat) == {widest}
+        assert batch["window"].shape == batch["tokens"].shape[:-1]
+    assert 0 < np.count_nonzero(np.asarray(bench.batches["tokens"]) == 0) < 40
+
+
+def test_a_rung_without_windows_gets_none():
+    with quick_compiler():
+        bench = bench_steps.Bench(resolve_rung(SIZES, "baseline"), print)
+    assert set(bench.batches) == {"tokens"}
+
+
+def test_the_peer_gets_a_benchmark_of_each_of_its_rungs(monkeypatch):
+    monkeypatch.setattr(bench_peer, "load_torch", lambda: None)
+    monkeypatch.setattr(bench_peer, "peer_section", lambda *arguments: arguments)
+    monkeypatch.setattr(bench_steps, "Bench", lambda config, note: config.rung)
+    benches, repeats, note = run_peer({"profile": "laptop"}, 7)
+    assert benches == {"untied": "untied", "attnscale": "attnscale"}
+    assert (repeats, note.__name__) == (7, "note")

@@ -1,0 +1,282 @@
+"""The memory command: its report on a tiny model, and its reading of a program's text."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_models import quick_compiler
+
+from experiments.bench_steps import compile_program
+from experiments.memory import (
+    KEEP_BARRIERS,
+    Array,
+    MemoryConfig,
+    arrays_made,
+    arrays_named,
+    arrays_of_logits,
+    arrays_of_pairs,
+    largest,
+    main,
+    measure,
+    parse_memory,
+    verdict,
+)
+from models.command_line import UsageError, leaves
+from models.gpt import token_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW, WIDTH, VOCAB = 64, 24, 8192  # the loss takes the row in two chunks
+TINY = {
+    "profile": "laptop",
+    "rung": "attnscale",
+    "size.n_layer": 2,
+    "size.n_head": 2,
+    "size.n_embd": WIDTH,
+    "size.block": 16,
+    "size.short_row": 16,
+    "size.long_row": ROW,
+    "size.vocab_size": VOCAB,
+    "probes.window": 16,
+}
+
+
+def tiny_words(**changed) -> list[str]:
+    """The words of a tiny model; in the names of `changed` keys two underscores are a dot."""
+    words = TINY | {key.replace("__", "."): value for key, value in changed.items()}
+    return [f"{key}={value}" for key, value in words.items()]
+
+
+def tiny_config(**changed):
+    return parse_memory(tiny_words(**changed))[1]
+
+
+PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
+
+%fused_computation (param_0: f32[8,4]) -> bf16[8,4] {
+  %param_0 = f32[8,4]{1,0} parameter(0)
+  %wide.1 = f32[8,8]{1,0} broadcast(%param_0), dimensions={0,1}
+  ROOT %convert.1 = bf16[8,4]{1,0} convert(%param_0)
+}
+
+ENTRY %main.2 (x: f32[8,4]) -> (f32[8,4], /*index=1*/s8[3]) {
+  %x = f32[8,4]{1,0} parameter(0), metadata={op_name="state.opt_state[1].mu[\\'wte\\']"}
+  %fusion.1 = bf16[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused_computation
+  %again = bf16[8,4]{1,0} copy(%fusion.1)
+  %call = (f32[8,4]{1,0}, s8[3]{0}) custom-call(%again), custom_call_target="gemm"
+  %part = f32[8,4]{1,0} get-tuple-element(%call), index=0
+  ROOT %out = (f32[8,4]{1,0}, /*index=1*/s8[3]{0}) tuple(%part, %x)
+}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiler():
+    with quick_compiler():
+        yield
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What the command prints, and its JSON document."""
+    out = tmp_path_factory.mktemp("memory") / "report.json"
+    before = len(jax.live_arrays())
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda text: lines.append(text))
+        assert main(tiny_words(out=out)) == 0
+    assert len(jax.live_arrays()) == before
+    return "\n".join(lines), json.loads(out.read_text())
+
+
+def test_the_report_is_of_one_long_row_in_half_precision(printed):
+    _, report = printed
+    assert (report["rows"], report["row"], report["accumulate"]) == (1, ROW, 1)
+    assert report["compute_dtype"] == "bfloat16"
+    assert report["attention"] == "blocked"
+    assert (report["rung"], report["tier"], report["profile"]) == ("attnscale", "d12", "laptop")
+    assert report["command"].startswith("python -m experiments.memory profile=laptop")
+
+
+def test_arguments_are_the_state_and_the_batch(printed):
+    _, report = printed
+    memory = report["memory"]
+    weights = 4 * report["parameters"]
+    # master weights, one momentum of the matrices and two of all others
+    assert 2 * weights < memory["argument_bytes"] < 3 * weights + 4096
+    assert memory["alias_bytes"] > 2 * weights
+    peak = memory["argument_bytes"] + memory["output_bytes"] + memory["temp_bytes"]
+    assert memory["peak_bytes"] == peak - memory["alias_bytes"]
+    assert report["compile_s"] > 0
+
+
+def test_the_largest_arrays_come_first(printed):
+    sizes = [entry["bytes"] for entry in printed[1]["largest_arrays"]]
+    assert len(sizes) == 10
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] < printed[1]["memory"]["peak_bytes"]
+
+
+def test_a_step_holds_neither_pairs_nor_logits(printed):
+    text, report = printed
+    assert report["pair_arrays"] == []
+    assert "\nno T x T array\n" in text
+    assert report["float32_logit_arrays"] == []
+    assert text.endswith("\nno float32 T x V array")
+
+
+def test_the_table_names_bytes_and_arrays(printed):
+    text, report = printed
+    peak = report["memory"]["peak_bytes"] / 2**30
+    assert f"peak       {peak:9.3f} GiB" in text
+    for entry in report["largest_arrays"]:
+        assert entry["array"] in text
+
+
+def test_dense_attention_is_found_out():
+    report = measure(tiny_config(attention="dense", rung="rope", arch__row="long", size__n_layer=1))
+    assert report["pair_arrays"]
+    assert all(f"{ROW},{ROW}" in array for array in report["pair_arrays"])
+    assert verdict("T x T", report["pair_arrays"]).startswith("T x T arrays: ")
+
+
+def test_all_logits_at_once_are_found_out():
+    config = tiny_config()
+
+    def loss(x, kernel):
+        return token_loss(x @ kernel, jnp.zeros((1, ROW), jnp.int32)).mean()
+
+    shapes = (1, ROW, WIDTH), (WIDTH, VOCAB)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
+    assert arrays_of_logits(arrays_named(text), config)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a flag of the compiler for CPUs")
+def test_the_compiler_does_not_undo_remat():
+    def loss(kernels, x, wrap):
+        block = wrap(lambda x, kernel: jnp.sin(jnp.sin(x @ kernel) @ kernel.T))
+        for kernel in kernels:
+            x = x + block(x, kernel)
+        return jnp.sum(x)
+
+    def temp_bytes(wrap):
+        kernels, x = jnp.zeros((8, 16, 64)), jnp.zeros((1024, 16))
+        gradient = jax.jit(jax.grad(lambda kernels, x: loss(kernels, x, wrap)))
+        program = compile_program(gradient, kernels, x, compiler_options=KEEP_BARRIERS)
+        return program.memory["temp_bytes"]
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    kept, again = temp_bytes(lambda block: block), temp_bytes(jax.checkpoint)
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert again < 0.7 * kept
+
+
+def test_several_micro_batches_are_still_of_one_row():
+    config = tiny_config(accumulate=4)
+    assert (config.batch, config.rows_per_step, config.accumulate) == (4, 4, 4)
+
+
+def test_a_row_that_divides_no_validation_is_taken():
+    _, config = parse_memory(["tier=d48", "profile=paper", "size.long_row=24576"])
+    assert config.row == 24_576
+    assert config.size.n_layer == 48
+
+
+def test_bytes_of_an_array():
+    found = {
+        Array("f32", (8, 4)): 128,
+        Array("bf16", (8, 4)): 64,
+        Array("pred", (8, 4)): 32,
+        Array("s4", (8, 4)): 16,
+        Array("f8e4m3fn", (8, 4)): 32,
+        Array("c64", (8, 4)): 256,
+    }
+    assert {array: array.bytes for array in found} == found
+    assert str(Array("f8e4m3fn", (8, 4))) == "f8e4m3fn[8,4]"
+
+
+def test_arrays_inside_a_fusion_are_named_but_not_made():
+    assert Array("f32", (8, 8)) in arrays_named(PROGRAM)
+    assert arrays_made(PROGRAM) == {
+        Array("bf16", (8, 4)): 2,
+        Array("f32", (8, 4)): 1,
+        Array("s8", (3,)): 1,
+    }
+    assert largest(arrays_made(PROGRAM))[0] == (Array("f32", (8, 4)), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "guilty"),
+    [
+        ((ROW, ROW), True),
+        ((1, 2, ROW, ROW), True),
+        ((2 * ROW, ROW), True),  # heads folded into one of the axes
+        ((ROW, WIDTH), False),
+        ((ROW, 4 * WIDTH), False),
+        ((ROW, VOCAB), False),
+        ((4, ROW // 4, ROW), False),
+    ],
+)
+def test_pairs_are_two_axes_as_long_as_the_row(shape, guilty):
+    config = tiny_config()
+    assert bool(arrays_of_pairs({Array("bf16", shape)}, config)) == guilty
+
+
+def test_no_verdict_where_a_width_is_as_long_as_the_row():
+    config = tiny_config(size__n_embd=ROW)
+    assert arrays_of_pairs({Array("f32", (ROW, ROW))}, config) is None
+    assert verdict("T x T", None).startswith("T x T arrays: cannot tell")
+
+
+@pytest.mark.parametrize(
+    ("array", "guilty"),
+    [
+        (Array("f32", (1, ROW, VOCAB)), True),
+        (Array("f32", (4, ROW // 4, VOCAB)), True),  # the chunks of a loop, stacked
+        (Array("f32", (VOCAB, ROW)), True),
+        (Array("bf16", (ROW, VOCAB)), False),
+        (Array("f32", (ROW // 4, VOCAB)), False),
+        (Array("f32", (WIDTH, VOCAB)), False),
+    ],
+)
+def test_logits_are_a_float32_word_by_position(array, guilty):
+    config = tiny_config()
+    assert bool(arrays_of_logits({array}, config)) == guilty
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("batch=8", "batch=8: a micro-batch is one long row here; leave it out, or set accumulate"),
+        ("remat=maybe", "remat=maybe: give true or false"),
+        ("outs=a", "unknown key outs=a; did you mean out?"),
+        ("out=/nowhere/at/all.json", "out=/nowhere/at/all.json: its folder does not exist"),
+        ("size.long_row=1000", "size.long_row=1000 is not a multiple of"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(word, complaint):
+    with pytest.raises(UsageError) as caught:
+        parse_memory([word])
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_attention_that_cannot_run_here_is_a_mistake():
+    with pytest.raises(UsageError, match="attention=pallas needs a GPU"):
+        measure(tiny_config(attention="pallas"))
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; from experiments import memory; assert memory.main(['--help']) == 0\n"
+        "assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for key in leaves(MemoryConfig):
+        assert f"  {key}=" in done.stdout
