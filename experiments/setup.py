@@ -19,6 +19,7 @@ from lens_jax.step import Lens, ProbeBatch, TrainState, init_state, make_train_s
 from models.attention import choose
 from models.command_line import UsageError
 from models.gpt import GPT, init_params
+from models.layers import layer_plan
 from optim.groups import make_optimizer
 
 
@@ -75,11 +76,16 @@ def make_model(config: RunConfig) -> GPT:
 
 
 def make_lens(config: RunConfig) -> Lens:
-    """The probes of a configuration: activations of every layer, matrices of the probed ones."""
+    """The probes of a configuration: activations of every layer, matrices of the probed ones.
+
+    A layer without attention has no matrices of attention to watch.
+    """
+    plan = layer_plan(config.arch, config.size.n_layer)
     paths = tuple(
         f"h_{layer}/{matrix.replace('.', '/')}/kernel"
         for layer in probed_layers(config)
         for matrix in config.probes.matrices
+        if plan[layer].attention or not matrix.startswith("attn.")
     )
     on_batch = config.probes.data == "batch"
     if on_batch:

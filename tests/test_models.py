@@ -53,6 +53,12 @@ def tiny(request):
     return tiny_model(request.param)
 
 
+# The steps of the ladder that change what a forward pass is made of.
+@pytest.fixture(params=["baseline", "rope", "untied", "unet", "betterwin", "sparsev", "attnscale"])
+def unlike(request):
+    return tiny_model(request.param)
+
+
 # Every rung
 
 
@@ -97,18 +103,18 @@ def test_a_token_changes_no_logits_before_it(tiny, position):
     assert (moved[position:] > 0).all()
 
 
-def test_gradients_of_logits_reach_all_tokens_up_to_them_and_none_after(tiny):
+def test_gradients_of_logits_reach_all_tokens_up_to_them_and_none_after(unlike):
     """The row of a token's own embedding is the way; logits of absent words spare a tied head."""
     tokens = jnp.arange(ROW)[None]  # all different, so each position has a row of its own
     weights = jnp.asarray(np.random.default_rng(0).normal(size=VOCAB - ROW), jnp.float32)
 
     def words_at(params, position):
-        logits, _ = tiny.model.apply({"params": params}, tokens)
+        logits, _ = unlike.model.apply({"params": params}, tokens)
         return logits[0, position, ROW:] @ weights
 
     slope = jax.jit(jax.grad(words_at))
     for position in (0, 15, 20, ROW - 1):
-        for table, grad in slope(tiny.shaken, position).items():
+        for table, grad in slope(unlike.shaken, position).items():
             if table in ("wte", "wpe"):
                 reached = np.abs(np.asarray(grad["embedding"]))[:ROW].max(-1)
                 assert (reached[: position + 1] > 0).all(), table
@@ -121,7 +127,8 @@ def test_one_step_lowers_the_loss(tiny):
     assert float(second["loss"]) < float(first["loss"])
 
 
-def test_bfloat16_is_close_and_float32_where_it_matters(tiny):
+def test_bfloat16_is_close_and_float32_where_it_matters(unlike):
+    tiny = unlike
     half = GPT(tiny.config.arch, tiny.config.size, jnp.bfloat16)
     tokens = random_tokens()
     logits, taps = jax.jit(lambda p: half.apply({"params": p}, tokens[:, :-1]))(tiny.shaken)

@@ -10,8 +10,9 @@ from lens_jax.gradients import Sink, per_sample_gradients
 from lens_jax.probes import gradient_probe, spectra
 from lens_jax.spectra import gram_with_mean
 from lens_jax.step import Lens, ProbeBatch, make_measure_step
-from models.ladder import RUNGS
 
+# one rung for every way in which a matrix is used
+RUNGS = ("baseline", "rope", "untied", "valuemix", "betterwin", "sparsev", "fp8head", "lswa")
 SAMPLES = 4
 TOLERANCE = 1e-5  # of the largest entry
 
@@ -63,11 +64,15 @@ def test_one_backward_is_every_samples_own(rung):
     model = tiny_model(rung)
     params = model.shaken
     paths = tuple(
-        f"h_{i}/{name.replace('.', '/')}/kernel" for i in range(LAYERS) for name in MATRICES
+        path
+        for i in range(LAYERS)
+        for name in MATRICES
+        if (path := f"h_{i}/{name.replace('.', '/')}/kernel") in flat(params)
     )
+    assert len(paths) == LAYERS * len(MATRICES) - 4 * model.config.arch.drop_attention
     if rung == "rope":
         assert "h_1/attn/c_proj/bias" in flat(params)  # the observed product stands beside a bias
-    if "lm_head" in params:
+    if "lm_head" in params and model.config.arch.head_dtype == "compute":
         paths += ("lm_head/kernel",)
     summaries = one_backward(model, paths, params)
     found = spectra(summaries, np)
@@ -96,3 +101,9 @@ def test_the_sink_of_a_tied_head_holds_its_use_as_head():
     assert rows["lm_head/kernel"].shape == (SAMPLES, head.size)
     assert head.shape[1] == VOCAB
     close(summaries["grad/wte/embedding"], gram64(rows["lm_head/kernel"]), "tied head")
+
+
+def test_a_float8_head_cannot_be_watched():
+    model = tiny_model("fp8head")
+    with pytest.raises(ValueError, match="lm_head/kernel is multiplied in float8"):
+        one_backward(model, ("lm_head/kernel",), model.shaken)
