@@ -268,7 +268,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing_after_it(
 ):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # this process has its devices already
     losses = iter([4.0, float("nan")])
-    monkeypatch.setattr(setup, "_make_evaluate", lambda *_: lambda params: next(losses))
+    monkeypatch.setattr(setup, "_make_evaluate", lambda *_: lambda params, window: next(losses))
     run = tmp_path / "run"
     words = make_words(data, 1, probes="")
     assert main([*words, f"out={run}"]) == 1
