@@ -46,12 +46,12 @@ import chz
 from gpu_job import ABSENT, SIZES, Job, one_line, say
 
 from experiments.atomic_files import write_json
-from experiments.bench import check_report
 from models.command_line import (
     Layer,
     UsageError,
     build,
     cast_words,
+    check_report,
     flatten,
     help_page,
     parse_words,

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_job import ABSENT, Job, Shapes, say
 
-from experiments.bench import sized
 from experiments.bench_kernels import relative_difference
 from experiments.bench_steps import Bench, Program, compile_program
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.bench_updates import SCATTERS, zipf_tokens
 from experiments.config import PROBES
 from experiments.devices import peak_flops
+from experiments.resolve import sized
 from experiments.setup import with_window
 from models.float8 import has_native_float8, native_float8_products
 from models.flops import flops_per_token

@@ -32,24 +32,19 @@ import platform
 import shlex
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import chz
 
 from experiments.config import PROBES, RunConfig, probed_layers
-from experiments.resolve import ALIASES, resolve
-from experiments.train import sized_by
+from experiments.resolve import own_words, resolve, sized
 from models.command_line import (
     Layer,
     UsageError,
     build,
-    cast_words,
-    check_path,
+    check_report,
     flatten,
     help_page,
-    leaves,
-    parse_words,
     run_command,
 )
 from models.ladder import ALL_RUNGS, DEFAULT_RUNG
@@ -103,13 +98,6 @@ class BenchConfig:
             check_report(self.out)
 
 
-def check_report(out: str) -> None:
-    """Raises ValueError for a path at which no report can be written."""
-    check_path("out", out)
-    if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"out={out}: its folder does not exist; make it, or choose one")
-
-
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     wants_help = any(word in ("-h", "--help") for word in argv)
@@ -125,18 +113,6 @@ def main(argv: list[str]) -> int:
 
         write_json(plan.out, report)
     return 0
-
-
-def own_words(command: type, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A command's own keys with typed values, and the words that are left for the run.
-
-    Every value is cast, the run's too, so that a mistake is answered at once; raises UsageError.
-    """
-    words = parse_words(argv, ALIASES)
-    own = leaves(command)
-    typed = cast_words(RunConfig, words, leaves(RunConfig) | own)
-    values = {key: value for key, value in typed.items() if key in own}
-    return values, {key: text for key, text in words.items() if key not in own}
 
 
 def parse_bench(argv: list[str]) -> tuple[BenchConfig, dict[str, str]]:
@@ -159,17 +135,6 @@ def parse_bench(argv: list[str]) -> tuple[BenchConfig, dict[str, str]]:
 def resolve_rung(words: dict[str, str], rung: str) -> RunConfig:
     """The configuration of one rung, with all probes, a vocabulary and a token for documents."""
     return sized(words | {"rung": rung, "probes.names": ",".join(PROBES)})
-
-
-def sized(words: dict[str, str]) -> RunConfig:
-    """The configuration that words give on this machine, its vocabulary that of the corpus."""
-    auto = "laptop"
-    if words.get("profile", "auto") == "auto":
-        from experiments.devices import auto_profile
-
-        auto, _ = auto_profile()
-    config, _ = resolve(words, auto)
-    return sized_by(config, config.data.corpus_vocab, EOT)
 
 
 def run_bench(plan: BenchConfig, words: dict[str, str], argv: list[str]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from experiments.setup import (
     read_yardstick,
     with_window,
 )
+from experiments.stops import Interrupt, NotFinite
 from lens_jax.probes import spectra
 from lens_jax.records import RecordWriter
 from lens_jax.show import draw_run
@@ -49,35 +50,6 @@ from models.windows import widest_window, window_at
 from optim.groups import learning_rates
 
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-class NotFinite(Exception):
-    """A loss or gradient that is not finite; raised before that step updates or saves anything."""
-
-    def __init__(self, kind: str, step: int, numbers: dict[str, float]):
-        spelled = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        super().__init__(f"not finite at {kind} step {step}: {spelled}")
-        self.kind, self.step, self.numbers = kind, step, numbers
-
-
-class Interrupt:
-    """Turns SIGINT and SIGTERM into a number that the loop reads between steps."""
-
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self) -> "Interrupt":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        del frame
-        self.received = number
 
 
 def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
@@ -122,6 +94,14 @@ def _greet(display: Display, config: RunConfig, run: Run, schedule: Schedule, st
         f"{run.facts['dtype']}; {schedule.num_steps} steps of {config.tokens_per_step:,} tokens; "
         f"{len(schedule.measure)} measured steps"
     )
+    idle = jax.device_count() - run.mesh.size
+    if idle:
+        mend = f"lower accumulate={config.accumulate}" if config.accumulate > 1 else "raise batch"
+        display.note(
+            f"{idle} of {jax.device_count()} devices are idle: a micro-batch has "
+            f"{config.rows_per_step // config.accumulate} rows, which the devices in use must "
+            f"divide; {mend}"
+        )
     if start:
         display.note(f"resumed at step {start}")
     yardstick = run.facts["unigram_entropy"]
@@ -224,9 +204,10 @@ class Loop:
         loss = float(self.run_.evaluate(state.params, window))
         if not math.isfinite(loss):
             raise NotFinite("validation", step, {"loss": loss})
-        # the published loss is that of the step's own window, which punishes an early one
-        at_widest = loss
-        if window != widest:
+        # The published loss is that of the step's own window, which punishes an early one; the
+        # other costs a validation more, so it is taken where the state is kept.
+        at_widest = loss if window == widest else None
+        if at_widest is None and step in self.schedule.checkpoint:
             at_widest = float(self.run_.evaluate(state.params, widest))
         self.val_losses[step] = loss
         row = {

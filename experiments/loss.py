@@ -13,7 +13,8 @@ def make_loss(model: GPT) -> Callable:
 
     batch: {"tokens": (B, T+1) int32}, position t predicting token t+1, and for the windowed rungs
     {"window": (B,) int32 tokens}, the widest window where it is absent. The loss is taken chunk by
-    chunk; only a `linear` whose `watched` names the head's kernel has the product to itself.
+    chunk, except for a `linear` whose `watched` names the head's kernel, as a library caller may
+    ask: that one gets the product to itself. Raises ValueError when such a head is float8.
     """
 
     def loss_fn(params, batch, linear=dot):

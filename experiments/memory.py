@@ -1,7 +1,9 @@
-"""Memory that one training step needs on a device, read off the compiled program; nothing runs.
+"""Memory that a plain training step needs on a device, read off the compiled program.
+
+Nothing runs. Probes are not counted: a measured step holds its gradient samples as well.
 
     python -m experiments.memory rung=attnscale tier=d12 profile=paper
-    python -m experiments.memory rung=sparsev tier=d48 profile=paper size.long_row=24576 remat=true
+    python -m experiments.memory rung=sparsev tier=d48 profile=paper size.long_row=24576
     python -m experiments.memory --help
 
 A micro-batch is one long row in bfloat16, and a step one micro-batch unless accumulate= says
@@ -25,9 +27,17 @@ from typing import Any, NamedTuple
 
 import chz
 
-from experiments.bench import check_report, own_words, sized
 from experiments.config import RunConfig
-from models.command_line import Layer, UsageError, build, flatten, help_page, run_command
+from experiments.resolve import own_words, sized
+from models.command_line import (
+    Layer,
+    UsageError,
+    build,
+    check_report,
+    flatten,
+    help_page,
+    run_command,
+)
 
 GIB, MIB = 2**30, 2**20
 LARGEST = 10
@@ -125,12 +135,11 @@ def measure(config: RunConfig) -> dict[str, Any]:
     program = compile_program(step, *arguments, measure=False, compiler_options=options)
     text = program.call.as_text()
     dtype, size = compute_dtype(config), config.size
-    masked = config.arch.documents or config.arch.window != "none"
     return {
         "device_kind": jax.devices()[0].device_kind,
         **{name: version(name) for name in ("jax", "jaxlib")},
         **{name: getattr(config, name) for name in ("rung", "tier", "profile", "remat")},
-        "attention": choose(config.attention, masked, dtype, size.head_dim),
+        "attention": choose(config.attention, config.arch.masked, dtype, size.head_dim),
         "compute_dtype": dtype.name,
         **{name: getattr(size, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")},
         "row": config.row,

@@ -25,6 +25,7 @@ from models.command_line import (
 from models.config import TIERS
 from models.ladder import LADDERS, rung_values
 
+CORPUS_EOT = 0  # as experiments.corpus numbers it
 ALIASES = {
     "data": "data.source",
     "probes": "probes.names",
@@ -45,6 +46,7 @@ def laptop(tier: str) -> dict[str, Any]:
         "size.short_row": 128,
         "size.long_row": 512,
         "accumulate": 1,
+        "remat": False,
         "max_tokens": 5 * 2**17,
         "target_loss": None,
         "anneal": "budget",
@@ -88,6 +90,37 @@ def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dic
     if config.target_loss == "published":
         config = chz.replace(config, target_loss=config.published_target)
     return config, origin
+
+
+def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
+    """The configuration with the data's vocabulary and document start where it has none."""
+    size = config.size
+    found = {"vocab_size": size.vocab_size or vocab_size}
+    found["eot_token"] = eot_token if size.eot_token is None else size.eot_token
+    return chz.replace(config, size=chz.replace(size, **found))
+
+
+def sized(words: dict[str, str]) -> RunConfig:
+    """The configuration that words give on this machine, its vocabulary that of the corpus."""
+    auto = "laptop"
+    if words.get("profile", "auto") == "auto":
+        from experiments.devices import auto_profile
+
+        auto, _ = auto_profile()
+    config, _ = resolve(words, auto)
+    return sized_by(config, config.data.corpus_vocab, CORPUS_EOT)
+
+
+def own_words(command: type, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A command's own keys with typed values, and the words that are left for the run.
+
+    Every value is cast, the run's too, so that a mistake is answered at once; raises UsageError.
+    """
+    words = parse_words(argv, ALIASES)
+    own = leaves(command)
+    typed = cast_words(RunConfig, words, leaves(RunConfig) | own)
+    values = {key: value for key, value in typed.items() if key in own}
+    return values, {key: text for key, text in words.items() if key not in own}
 
 
 def parse_command(argv: list[str]) -> dict[str, str]:

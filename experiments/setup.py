@@ -67,9 +67,8 @@ def compute_dtype(config: RunConfig):
 def make_model(config: RunConfig) -> GPT:
     """The model of a configuration; raises UsageError for attention that cannot run here."""
     dtype = compute_dtype(config)
-    masked = config.arch.documents or config.arch.window != "none"
     try:
-        choose(config.attention, masked, dtype, config.size.head_dim)
+        choose(config.attention, config.arch.masked, dtype, config.size.head_dim)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return GPT(config.arch, config.size, dtype, config.attention, config.remat)

@@ -11,10 +11,18 @@ same command again goes on where the run stopped, and a finished run is only rep
 import chz
 
 from experiments.config import RunConfig
-from experiments.resolve import describe_layers, help_text, parse_command, resolve, run_name
+from experiments.resolve import (
+    describe_layers,
+    help_text,
+    parse_command,
+    resolve,
+    run_name,
+    sized_by,
+)
 from models.command_line import flatten, run_command
 
-FREE_ON_RESUME = ("out", "resume")
+# where results go, and how the same numbers are computed
+FREE_ON_RESUME = ("out", "resume", "attention", "remat")
 
 
 def main(argv: list[str]) -> int:
@@ -46,14 +54,6 @@ def main(argv: list[str]) -> int:
 
         split_cpu()
         return train(config, files, folder)
-
-
-def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
-    """The configuration with the data's vocabulary and document start where it has none."""
-    size = config.size
-    found = {"vocab_size": size.vocab_size or vocab_size}
-    found["eot_token"] = eot_token if size.eot_token is None else size.eot_token
-    return chz.replace(config, size=chz.replace(size, **found))
 
 
 def _choose_profile(words: dict[str, str]) -> tuple[RunConfig, dict[str, str], str]:

@@ -177,6 +177,13 @@ def check_path(key: str, text: str) -> None:
         raise ValueError(f"{key}={text}: there is no such home; write the path out") from None
 
 
+def check_report(path: str) -> None:
+    """Raises ValueError for an out= at which no report can be written."""
+    check_path("out", path)
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"out={path}: its folder does not exist; make it, or choose one")
+
+
 def describe(declared: Any) -> str:
     """A type in the words of an error message or a help page."""
     origin = get_origin(declared)

@@ -72,6 +72,11 @@ class ArchConfig:
     zero_proj: bool = chz.field(default=True, doc="both output projections of a block start at 0")
     zero_head: bool = chz.field(default=False, doc="an untied head starts at 0")
 
+    @property
+    def masked(self) -> bool:
+        """Whether documents or a window narrow the causal mask."""
+        return self.documents or self.window != "none"
+
     @chz.validate
     def _ranges(self):
         if not 0 < self.norm_eps < 1:
@@ -88,8 +93,14 @@ class ArchConfig:
             for name in ("window_ramp", "long_short"):
                 if getattr(self, name) not in ("none", False):
                     raise ValueError(
-                        f"arch.{name}={getattr(self, name)} needs a window; set arch.window=block"
+                        f"arch.{name}={getattr(self, name)} needs a window; set arch.window, or "
+                        f"arch.{name}={'none' if name == 'window_ramp' else 'false'}"
                     )
+        elif self.window_ramp != "none" and self.window_steps == 0:
+            raise ValueError(
+                f"arch.window_ramp={self.window_ramp} with arch.window_steps=0: give the ramp a "
+                f"length in steps, or set arch.window_ramp=none"
+            )
         elif self.window_ramp == "half_blocks" and self.window == "block":
             raise ValueError(
                 "arch.window_ramp=half_blocks with arch.window=block: a window by blocks grows by "
@@ -101,7 +112,10 @@ class ArchConfig:
                 "arch.position=rope"
             )
         if self.head_dtype == "float8" and self.head == "tied":
-            raise ValueError("arch.head_dtype=float8 with arch.head=tied: set arch.head=untied")
+            raise ValueError(
+                "arch.head_dtype=float8 with arch.head=tied: a float8 head is a matrix of its own; "
+                "set arch.head=untied, or arch.head_dtype=compute"
+            )
         if self.zero_head and self.head == "tied":
             raise ValueError(
                 "arch.zero_head=True with arch.head=tied would zero the embedding too; "
@@ -135,8 +149,12 @@ class SizeConfig:
                 raise ValueError(f"size.{name}={getattr(self, name)}: give at least 1")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise ValueError(f"size.vocab_size={self.vocab_size}: give at least 2, or none")
-        if self.eot_token is not None and self.eot_token < 0:
-            raise ValueError(f"size.eot_token={self.eot_token}: give a token of the vocabulary")
+        if self.eot_token is not None:
+            vocab = float("inf") if self.vocab_size is None else self.vocab_size
+            if not 0 <= self.eot_token < vocab:
+                raise ValueError(
+                    f"size.eot_token={self.eot_token}: give a token of the vocabulary of {vocab}"
+                )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"size.n_head={self.n_head} does not divide size.n_embd={self.n_embd}; "
@@ -179,10 +197,11 @@ def check_depth(arch: ArchConfig, size: SizeConfig) -> None:
 
 
 # Depth, heads and width of the published tiers (ladder spec 10). The laptop row of a tier keeps
-# depth and heads and takes an eighth of the width.
+# depth and heads and takes an eighth of the width. The two largest do not keep the activations of
+# a long row, as published.
 TIERS = {
     "d12": {"size.n_layer": 12, "size.n_head": 6, "size.n_embd": 768},
     "d24": {"size.n_layer": 24, "size.n_head": 16, "size.n_embd": 1024},
-    "d36": {"size.n_layer": 36, "size.n_head": 20, "size.n_embd": 1280},
-    "d48": {"size.n_layer": 48, "size.n_head": 25, "size.n_embd": 1600},
+    "d36": {"size.n_layer": 36, "size.n_head": 20, "size.n_embd": 1280, "remat": True},
+    "d48": {"size.n_layer": 48, "size.n_head": 25, "size.n_embd": 1600, "remat": True},
 }

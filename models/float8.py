@@ -18,7 +18,9 @@ from jax import lax
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 X_SCALE, W_SCALE = 2.0, 32.0
-AROUND = jnp.bfloat16  # what goes into a float8 product and comes out of it
+# What goes into a float8 product and comes out of it. The reference logits of the released code are
+# met bit by bit with this rounding before e4m3, and in a quarter of the cases without it.
+AROUND = jnp.bfloat16
 # The published constant, and the tokens of the mean loss for which it was chosen.
 GRADIENT_SCALE, GRADIENT_SCALE_TOKENS = 2.0**29, 65_536
 FIRST_NATIVE = (8, 9)  # compute capability of the first NVIDIA cards with float8 matrix units

@@ -5,12 +5,14 @@ vocabulary, L layers. Kernels are stored (in, out). Master weights and the resid
 float32; matrix products run in `dtype`.
 
 Every forward pass returns its taps, a dict from `h_i/resid_post` and the like to arrays (B, T, D);
-under jit a tap that nobody reads costs nothing. Every matrix product goes through `linear(x,
-kernel, path)`, which a caller may replace to observe it (per-sample gradients do).
+under jit a tap that nobody reads costs nothing. Every matrix product of the blocks, and that of the
+logits unless it is in float8, goes through `linear(x, kernel, path)`, which a caller may replace
+to observe it (per-sample gradients do).
 The attention window is data, one number of tokens a row, so that its growth compiles nothing anew.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 from models.attention import Implementation, attention
 from models.config import ArchConfig, SizeConfig, check_depth
 from models.embedding import take_rows
-from models.head import head_logits, soft_cap
+from models.head import head_logits
 from models.initializers import Initializers, keep_stream
 from models.layers import Layer, layer_plan, num_value_pieces
 from models.masks import document_ids
@@ -143,7 +145,10 @@ class CausalSelfAttention(nn.Module):
         return out(mixed, linear), value
 
     def _mix_values(self, value, first_value, context: Context):
-        """Values with what arch.value mixes into them, in float32, cast back."""
+        """Values with what arch.value mixes into them, in float32, cast back.
+
+        The published later rungs mix in bfloat16, which tells in its last digit only.
+        """
         if self.arch.value == "plain":
             return value
         piece = self.layer.value_from
@@ -257,7 +262,9 @@ class GPT(nn.Module):
         if not self.arch.documents:
             return None
         if self.size.eot_token is None:
-            raise ValueError("size.eot_token=None: arch.documents=True needs the token")
+            raise ValueError(
+                "size.eot_token=None: arch.documents=True needs it (GPT-2: size.eot_token=50256)"
+            )
         return document_ids(tokens, self.size.eot_token)
 
     def _window(self, window, rows: int):
@@ -311,10 +318,14 @@ class GPT(nn.Module):
         else:
             kernel = Head(size.n_embd, size.vocab_size, init.head, name="lm_head")()
             path = "lm_head/kernel"
-        if arch.head_dtype == "float8":
-            return head_logits(x, kernel, softcap=arch.softcap, dtype=self.dtype, float8=True)
-        z = linear(x.astype(self.dtype), kernel.astype(self.dtype), path)
-        return soft_cap(z, arch.softcap)
+        return head_logits(
+            x,
+            kernel,
+            softcap=arch.softcap,
+            dtype=self.dtype,
+            float8=arch.head_dtype == "float8",
+            product=partial(linear, path=path),
+        )
 
 
 def token_loss(logits: jnp.ndarray, targets: jnp.ndarray) -> jnp.ndarray:

@@ -42,19 +42,25 @@ CHUNK_WIDTHS = 2  # so B C is at least this many D
 
 
 def head_logits(
-    x: jax.Array, kernel: jax.Array, *, softcap: float | None, dtype, float8: bool = False
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    softcap: float | None,
+    dtype,
+    float8: bool = False,
+    product: Callable = jnp.matmul,
 ) -> jax.Array:
     """Logits (B, T, V) float32, after the cap, of x (B, T, D) under kernel (D, V).
 
     The plain definition, for whoever needs the logits themselves; differentiate `head_loss` instead
     of this where only the loss is needed. With `float8` the product and its gradients follow
-    `models.float8`, whatever `dtype` is, and the gradient's scale takes the loss to be a mean over
-    B * T positions.
+    `models.float8`, whatever `dtype` and `product` are, and the gradient's scale takes the loss to
+    be a mean over B * T positions.
     """
     if float8:
         z = float8_linear(x, kernel, x.shape[0] * x.shape[1], has_native_float8())
         return soft_cap(z, softcap, AROUND)
-    return soft_cap(x.astype(dtype) @ kernel.astype(dtype), softcap)  # (B, T, V)
+    return soft_cap(product(x.astype(dtype), kernel.astype(dtype)), softcap)  # (B, T, V)
 
 
 def soft_cap(z: jax.Array, softcap: float | None, dtype=jnp.float32) -> jax.Array:

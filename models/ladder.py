@@ -88,7 +88,8 @@ LADDER = (
             "optim.num_steps": 50_000,
         },
     ),
-    # The norm's epsilon is this rung's alone. Warmdown is back at 10 %.
+    # The norm's epsilon is this rung's alone. Its published norm also left queries and keys in
+    # float32 under bfloat16 compute; here they are rounded as in every rung.
     Rung(
         "unet",
         "skips from encoder to decoder",

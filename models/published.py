@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import chz
 import jax  # also teaches numpy the name bfloat16, which safetensors asks for
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -160,7 +161,8 @@ def _require_float(path: Path, name: str, dtype: str) -> None:
 
 
 def _check_shapes(path, params: Mapping, arch: ArchConfig, size: SizeConfig) -> None:
-    model = GPT(arch, size)
+    # weights do not depend on which token opens a document, so the caller need not say
+    model = GPT(arch, chz.replace(size, eot_token=size.eot_token or 0))
     expected = {
         name: leaf.shape for name, leaf in by_path(jax.eval_shape(lambda: init_params(model, 0)))
     }
