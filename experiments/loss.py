@@ -33,6 +33,7 @@ def make_loss(model: GPT) -> Callable:
             softcap=model.arch.softcap,
             dtype=model.dtype,
             float8=float8,
+            mesh=model.mesh,
         )
         return loss, taps
 

@@ -64,14 +64,17 @@ def compute_dtype(config: RunConfig):
     return jnp.dtype(config.compute_dtype)
 
 
-def make_model(config: RunConfig) -> GPT:
-    """The model of a configuration; raises UsageError for attention that cannot run here."""
+def make_model(config: RunConfig, mesh=None) -> GPT:
+    """The model of a configuration on the devices of a mesh, or on one.
+
+    Raises UsageError for attention that cannot run here.
+    """
     dtype = compute_dtype(config)
     try:
         choose(config.attention, config.arch.masked, dtype, config.size.head_dim)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return GPT(config.arch, config.size, dtype, config.attention, config.remat)
+    return GPT(config.arch, config.size, dtype, config.attention, config.remat, mesh)
 
 
 def make_lens(config: RunConfig) -> Lens:
@@ -116,7 +119,7 @@ def make_run(
     """Builds everything that a training loop calls; nothing is compiled before its first call."""
     micro_rows = config.rows_per_step // config.accumulate
     mesh = make_mesh(micro_rows)
-    model = make_model(config)
+    model = make_model(config, mesh)
     loss_fn = make_loss(model)
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     tx = make_optimizer(config.optim, schedule.horizon, shapes, split=split_leading(mesh))

@@ -7,6 +7,7 @@ cudnn    cuDNN's flash kernel through jax.nn, for rows without documents and win
 pallas   a block-sparse flash kernel (models.flash) that skips the tiles nobody sees
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from models import flash
 from models.blocked_attention import blocked_attention
 from models.masks import Rule, first_keys, visible_pairs
+from models.sharded import on_own_rows
 
 Implementation = Literal["auto", "dense", "blocked", "cudnn", "pallas"]
 HALF = (jnp.bfloat16, jnp.float16)
@@ -32,13 +34,15 @@ def attention(
     widest: int | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """softmax(scale q k') v over the keys that `models.masks` lets each query see.
 
     q, k, v: (B, T, H, K); documents: (B, T) int32, non-decreasing, or None; window: (B,) int32
     tokens, data and not a constant, read unless rule is "none"; block: tokens in a mask block;
     widest: a static bound on the window, by which `blocked` sizes its work (None: the row); scale:
-    None for 1 / sqrt(K). Scores and softmax are float32 whatever the inputs; the result has v's
+    None for 1 / sqrt(K); mesh: the devices over which rows are split, for kernels that XLA cannot
+    split. Scores and softmax are float32 whatever the inputs; the result has v's
     dtype. Raises ValueError for an implementation that device or mask does not allow.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -53,7 +57,7 @@ def attention(
         return dense_attention(q, k, v, visible_pairs(q.shape[:2], **mask), scale)
     first = first_keys(q.shape[:2], **mask) if masked or chosen == "pallas" else None
     if chosen == "pallas":
-        return flash.flash_attention(q, k, v, first, scale=scale)
+        return on_own_rows(partial(flash.flash_attention, scale=scale), mesh, q, k, v, first)
     return blocked_attention(q, k, v, first, scale, widest if rule != "none" else None)
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from models.attention import Implementation, attention
 from models.config import ArchConfig, SizeConfig, check_depth
@@ -110,6 +111,7 @@ class CausalSelfAttention(nn.Module):
     dtype: jnp.dtype
     layer: Layer
     implementation: Implementation
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, first_value, context: Context, linear: Linear):  # two of (B, T, D)
@@ -140,6 +142,7 @@ class CausalSelfAttention(nn.Module):
             widest=widest_window(arch, size, self.layer.long_window),
             scale=arch.attn_scale,
             implementation=self.implementation,
+            mesh=self.mesh,
         ).reshape(x.shape)
         out = Dense(x.shape[-1], init.proj, self.dtype, bias=arch.proj_bias, name="c_proj")
         return out(mixed, linear), value
@@ -194,6 +197,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     layer: Layer
     implementation: Implementation
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, first_value, context: Context, linear: Linear):  # (B, T, D), taps
@@ -204,7 +208,7 @@ class Block(nn.Module):
         taps = {"resid_pre": x}
         if self.layer.attention:
             attend = CausalSelfAttention(
-                arch, self.size, self.dtype, self.layer, self.implementation, name="attn"
+                arch, self.size, self.dtype, self.layer, self.implementation, self.mesh, name="attn"
             )
             taps["attn_out"], taps["v"] = attend(rms_norm(x, eps), first_value, context, linear)
             x = x + taps["attn_out"]
@@ -219,7 +223,8 @@ class GPT(nn.Module):
     """Tokens to logits. `dtype` is that of the matrix products; logits come back in float32.
 
     attention: an implementation of `models.attention`. remat: keep only the inputs of blocks for
-    the backward pass and compute the rest again.
+    the backward pass and compute the rest again. mesh: the devices over which rows are split, None
+    for one device or where XLA is left to split everything.
     """
 
     arch: ArchConfig
@@ -227,6 +232,7 @@ class GPT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     attention: Implementation = "auto"
     remat: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, tokens, linear: Linear = dot, window=None):  # (B, T) -> (B, T, V), taps
@@ -306,7 +312,7 @@ class GPT(nn.Module):
             if layer.skip_from is not None:
                 weight = skip_weights[i - self.size.n_layer // 2]
                 x = x + weight * taps[f"h_{layer.skip_from}/resid_post"]
-            run = block(*settings, layer, self.attention, name=f"h_{i}")
+            run = block(*settings, layer, self.attention, self.mesh, name=f"h_{i}")
             x, block_taps = run(x, taps.get("h_0/v"), context, linear)
             taps |= {f"h_{i}/{name}": value for name, value in block_taps.items()}
         return x, taps

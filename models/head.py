@@ -32,6 +32,7 @@ from models.float8 import (
     quantize,
     round_to,
 )
+from models.sharded import mean_over_rows
 
 # Logits of a chunk. A CPU is fastest when they stay in the cache of a core (1 MB of float32); an
 # accelerator wants few large products (half a GB of float32, half of that in bfloat16).
@@ -88,6 +89,7 @@ def head_loss(
     dtype,
     float8: bool = False,
     chunk: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Mean cross-entropy in nats, () float32, of targets (B, T) under the logits of `head_logits`.
 
@@ -98,17 +100,20 @@ def head_loss(
     Gradients with respect to x (in its dtype) and kernel (summed in float32) are made along with
     the loss, if at all. The slope of the logits is rounded to `dtype` before its products, and with
     `float8` on to e5m2, always for cotangent 1: scaling the loss does not change its rounding.
+    mesh: devices over which rows are split, so that each works through its own rows alone.
     Raises ValueError for a chunk below 1, or targets that are not (B, T).
     """
     if targets.shape != x.shape[:2]:
         raise ValueError(f"targets of shape {targets.shape}: x {x.shape} takes {x.shape[:2]}")
-    if chunk is None:
-        chunk = chunk_length(*x.shape, kernel.shape[1])
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: give at least 1 position")
-    dtype = jnp.dtype(AROUND if float8 else dtype)
-    head = _Head(softcap, dtype, float8, min(chunk, x.shape[1]))
-    return _mean_loss(head, x, kernel, targets)
+
+    def mean_loss(x, kernel, targets):
+        size = chunk or chunk_length(*x.shape, kernel.shape[1])
+        head = _Head(softcap, jnp.dtype(AROUND if float8 else dtype), float8, min(size, x.shape[1]))
+        return _mean_loss(head, x, kernel, targets)
+
+    return mean_over_rows(mean_loss, mesh, x, kernel, targets)
 
 
 def chunk_length(rows: int, length: int, width: int, vocab: int) -> int:
