@@ -23,7 +23,7 @@ from optim.groups import learning_rates, make_optimizer
 from optim.schedules import Horizon
 
 ROWS, BLOCK, EOT = 4, 16, 5
-HORIZON = Horizon(1000, 300)
+HORIZON = Horizon(1000, momentum_steps=3)
 WINDOWS = np.asarray([32, 64, 96, 128], np.int32)
 # 8 layers: some have a value embedding and some none, one has no attention, windows of both kinds
 SIZES = {
