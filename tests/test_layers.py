@@ -115,7 +115,7 @@ def test_the_first_window_is_the_published_one():
 )
 def test_a_ramp_grows_to_its_end_and_scales_with_the_block(step, steps, block, ramp, blocks):
     rule = "token" if ramp == "half_blocks" else "block"
-    arch = ArchConfig(window=rule, window_ramp=ramp, window_blocks=blocks)
+    arch = ArchConfig(window=rule, window_ramp=ramp, window_blocks=blocks, window_steps=1)
     size = SizeConfig(block=block, short_row=block, long_row=block)
     now, later = (window_at(arch, size, s, steps) for s in (step, step + 1))
     assert 0 < now <= later <= widest_window(arch, size) == blocks * block

@@ -164,7 +164,8 @@ def test_documents_do_not_see_one_another(rung):
 @pytest.mark.parametrize("rung", ["flexwin", "betterwin", "sparsev", "lswa"])
 def test_a_window_is_data_and_cuts_what_is_farther_back(rung):
     tiny = TinyModel(rung, size__n_layer=2, size__block=4, arch__window_blocks=4)
-    run = jax.jit(lambda w, t: tiny.model.apply({"params": tiny.shaken}, t, window=w)[0])
+    params = tiny.shaken
+    run = jax.jit(lambda w, t: tiny.model.apply({"params": params}, t, window=w)[0])
     tokens = random_tokens()[:, :-1]
     changed = tokens.copy()
     changed[:, 0] = (tokens[:, 0] + 1) % EOT
@@ -181,7 +182,8 @@ def test_a_window_is_data_and_cuts_what_is_farther_back(rung):
 
 def test_rows_may_have_windows_of_their_own():
     tiny = tiny_model("flexwin")
-    apply = jax.jit(lambda w, t: tiny.model.apply({"params": tiny.shaken}, t, window=w)[0])
+    params = tiny.shaken
+    apply = jax.jit(lambda w, t: tiny.model.apply({"params": params}, t, window=w)[0])
     tokens = random_tokens()[:, :-1]
     mixed = apply(jnp.asarray([3, 9, 3, 9]), tokens)
     for window, rows in ((3, [0, 2]), (9, [1, 3])):
@@ -249,7 +251,8 @@ def test_starts_are_those_of_the_table(rung):
         assert leaf.std() == pytest.approx(deviation, rel=0.08, abs=1e-12), path
         assert abs(leaf.mean()) <= 5 * deviation / leaf.size**0.5, path
     random = [leaf for path, leaf in start.items() if "c_q" in path or "c_k" in path]
-    assert len({leaf.tobytes() for leaf in random}) == 2 * LAYERS  # no two start alike
+    attentions = sum(layer.attention for layer in layer_plan(arch, LAYERS))
+    assert len({leaf.tobytes() for leaf in random}) == 2 * attentions  # no two start alike
     assert not np.array_equal(tiny.start_of(1)["wte"]["embedding"], start["wte/embedding"])
 
 
