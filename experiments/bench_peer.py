@@ -38,9 +38,11 @@ def peer_section(
     """Our step, PyTorch's and torch.compile's in turns, one entry a rung of `benches`.
 
     All three are whole updates on one batch from one set of weights; ours also takes three norms
-    for its metrics, which the twin does not. Speed ratios are above 1 where ours is faster. Sets
-    the number of torch's threads for the process. Raises UsageError where torch or the twin is
-    missing, for a rung that the twin does not have, and where the losses differ.
+    for its metrics, which the twin does not. Ratios are above 1 where ours is faster: speed_ratio_to
+    over the turns, and fastest_ratio_to of the fastest steps, the one to read where other processes
+    were at work, since PyTorch's threads wait for one another and lose many times what ours do.
+    Sets the number of torch's threads for the process. Raises UsageError where torch or the twin
+    is missing, for a rung that the twin does not have, and where the losses differ.
     """
     torch = load_torch()
     threads = len(os.sched_getaffinity(0))
@@ -151,11 +153,13 @@ def _time_rung(
     bench.check_finite()
     seconds = {name: timed[name].seconds for name in steps}
     ratios = {name: paired_ratio(seconds[name], seconds["ours"]) for name in ROUTES}
+    fastest = {name: min(seconds[name]) / min(seconds["ours"]) for name in ROUTES}
     said = (f"{ratio:.3f} x {name.replace('_', '.')}" for name, ratio in ratios.items())
     note(f"{config.rung}: our speed is " + ", ".join(said))
     return {
         "attention": attention,
         "speed_ratio_to": ratios,
+        "fastest_ratio_to": fastest,
         **{name: _entry(config, seconds[name], first[name]) for name in steps},
     }
 

@@ -231,6 +231,8 @@ def test_section_times_three_routes_from_one_loss(torch, bench, monkeypatch):
         slowest = entry[route]["step"]["max_s"] / entry["ours"]["step"]["min_s"]
         fastest = entry[route]["step"]["min_s"] / entry["ours"]["step"]["max_s"]
         assert 0.99 * fastest <= ratio <= 1.01 * slowest  # seconds are rounded
+        quickest = entry[route]["step"]["min_s"] / entry["ours"]["step"]["min_s"]
+        assert entry["fastest_ratio_to"][route] == pytest.approx(quickest, rel=1e-2)
 
 
 def test_section_refuses_a_twin_with_another_loss(torch, bench, monkeypatch):
