@@ -38,9 +38,9 @@ def peer_section(
     """Our step, PyTorch's and torch.compile's in turns, one entry a rung of `benches`.
 
     All three are whole updates on one batch from one set of weights; ours also takes three norms
-    for its metrics, which the twin does not. Ratios are above 1 where ours is faster: speed_ratio_to
-    over the turns, and fastest_ratio_to of the fastest steps, the one to read where other processes
-    were at work, since PyTorch's threads wait for one another and lose many times what ours do.
+    for its metrics, which the twin does not. Ratios are above 1 where ours is faster: those of
+    speed_ratio_to over the turns, and those of fastest_ratio_to of the fastest steps, to be read
+    where other processes were at work: PyTorch's threads wait for one another and lose more.
     Sets the number of torch's threads for the process. Raises UsageError where torch or the twin
     is missing, for a rung that the twin does not have, and where the losses differ.
     """
