@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from models.gpt import GPT, dot, head_kernel, token_loss
+from models.gpt import GPT, dot, head_kernel, head_path, token_loss
 from models.head import head_loss
 
 
@@ -20,7 +20,7 @@ def make_loss(model: GPT) -> Callable:
     def loss_fn(params, batch, linear=dot):
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         logits, taps = model.apply({"params": params}, inputs, linear, batch.get("window"))
-        kernel, path = head_kernel(params, model.arch)
+        kernel, path = head_kernel(params, model.arch), head_path(model.arch)
         float8 = model.arch.head_dtype == "float8"
         if path in getattr(linear, "watched", ()):
             if float8:

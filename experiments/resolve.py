@@ -92,6 +92,16 @@ def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dic
     return config, origin
 
 
+def resolve_here(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str], str]:
+    """As `resolve`, with profile=auto as this machine allows, and why that profile in a phrase."""
+    if words.get("profile", "auto") != "auto":
+        return *resolve(words, "laptop"), "as asked"
+    from experiments.devices import auto_profile
+
+    profile, reason = auto_profile()
+    return *resolve(words, profile), reason
+
+
 def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
     """The configuration with the data's vocabulary and document start where it has none."""
     size = config.size
@@ -102,12 +112,7 @@ def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
 
 def sized(words: dict[str, str]) -> RunConfig:
     """The configuration that words give on this machine, its vocabulary that of the corpus."""
-    auto = "laptop"
-    if words.get("profile", "auto") == "auto":
-        from experiments.devices import auto_profile
-
-        auto, _ = auto_profile()
-    config, _ = resolve(words, auto)
+    config, _, _ = resolve_here(words)
     return sized_by(config, config.data.corpus_vocab, CORPUS_EOT)
 
 

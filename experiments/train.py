@@ -10,12 +10,12 @@ same command again goes on where the run stopped, and a finished run is only rep
 
 import chz
 
-from experiments.config import RunConfig
 from experiments.resolve import (
     describe_layers,
     help_text,
     parse_command,
     resolve,
+    resolve_here,
     run_name,
     sized_by,
 )
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     words = parse_command(argv)
     if words.get("profile", "auto") == "auto":
         resolve(words, "laptop")  # a mistake is answered before any device is asked
-    config, origin, reason = _choose_profile(words)
+    config, origin, reason = resolve_here(words)
     from experiments.data import resolve_source
 
     files = resolve_source(config.data)
@@ -54,15 +54,6 @@ def main(argv: list[str]) -> int:
 
         split_cpu()
         return train(config, files, folder)
-
-
-def _choose_profile(words: dict[str, str]) -> tuple[RunConfig, dict[str, str], str]:
-    if words.get("profile", "auto") != "auto":
-        return *resolve(words, "laptop"), "as asked"
-    from experiments.devices import auto_profile
-
-    profile, reason = auto_profile()
-    return *resolve(words, profile), reason
 
 
 if __name__ == "__main__":

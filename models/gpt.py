@@ -320,17 +320,16 @@ class GPT(nn.Module):
     def _logits(self, x, wte, linear: Linear, init: Initializers):  # (B, T, V)
         arch, size = self.arch, self.size
         if arch.head == "tied":
-            kernel, path = wte.T, "wte/embedding"
+            kernel = wte.T
         else:
             kernel = Head(size.n_embd, size.vocab_size, init.head, name="lm_head")()
-            path = "lm_head/kernel"
         return head_logits(
             x,
             kernel,
             softcap=arch.softcap,
             dtype=self.dtype,
             float8=arch.head_dtype == "float8",
-            product=partial(linear, path=path),
+            product=partial(linear, path=head_path(arch)),
         )
 
 
@@ -340,11 +339,16 @@ def token_loss(logits: jnp.ndarray, targets: jnp.ndarray) -> jnp.ndarray:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def head_kernel(params: dict, arch: ArchConfig) -> tuple[jnp.ndarray, str]:
-    """The kernel (D, V) of the output head, and the path of its parameter."""
-    if arch.head == "tied":
-        return params["wte"]["embedding"].T, "wte/embedding"
-    return params["lm_head"]["kernel"], "lm_head/kernel"
+def head_path(arch: ArchConfig) -> str:
+    """The path of the output head's parameter."""
+    return "wte/embedding" if arch.head == "tied" else "lm_head/kernel"
+
+
+def head_kernel(params: dict, arch: ArchConfig) -> jnp.ndarray:
+    """The kernel (D, V) of the output head."""
+    module, name = head_path(arch).split("/")
+    kernel = params[module][name]
+    return kernel.T if arch.head == "tied" else kernel
 
 
 def init_params(model: GPT, seed: int) -> dict:
