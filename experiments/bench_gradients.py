@@ -17,9 +17,9 @@ import numpy as np
 from experiments.bench_steps import Bench, Program, compile_program
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.loss import make_loss
-from experiments.setup import compute_dtype, make_lens
+from experiments.setup import compute_dtype, run_lens
 from lens_jax.gradients import per_sample_gradients
-from lens_jax.spectra import gram_singular_values, gram_with_mean
+from lens_jax.spectra import gram_singular_values, gram_with_mean, split_gram
 from lens_jax.step import make_measure_step
 from lens_jax.taps import get_parameters, replace_parameters
 from models.gpt import GPT
@@ -47,7 +47,7 @@ class GradientRoutes:
         run = bench.make_run(("gradient",), "fixed")
         self.params, self.probe_batch = bench.state.params, run.probe_batch
         chosen = chz.replace(config.probes, names=("gradient",), data="fixed")
-        lens = make_lens(chz.replace(config, probes=chosen))
+        lens = run_lens(chz.replace(config, probes=chosen))
         self.paths, self.passes = lens.paths, lens.passes
         self.loop_paths = spread_layers(lens.paths, loop_layers)
         self.loss_fn = make_loss(GPT(config.arch, config.size, compute_dtype(config)))
@@ -137,7 +137,7 @@ def _finish_grams(grams: dict[str, jax.Array], paths: tuple[str, ...]) -> Outcom
     grams = jax.device_get(grams)
     began = time.perf_counter()
     values = {
-        path: gram_singular_values(grams[f"grad/{path}"], np, centred=False) for path in paths
+        path: gram_singular_values(split_gram(grams[f"grad/{path}"], np)[0], np) for path in paths
     }
     return Outcome(values, time.perf_counter() - began)
 

@@ -65,6 +65,10 @@ class ProbeConfig:
     windows: int = chz.field(default=1024, doc="windows under the activation probe")
     gradient_windows: int = chz.field(default=512, doc="of these, samples of the gradient probe")
     chunk: int = chz.field(default=64, doc="windows in one pass of the model")
+    sweeps: int | None = chz.field(
+        default=None,
+        doc="visits of the gradient samples, each for a part of the kernels; none: as few as fit",
+    )
     layers: tuple[int, ...] | None = chz.field(
         default=None, doc="layers under the gradient and weight probes; none: five, evenly spread"
     )
@@ -92,6 +96,13 @@ class ProbeConfig:
         for name in ("window", "windows", "chunk", "first", "linear_from"):
             if getattr(self, name) < 1:
                 raise ValueError(f"probes.{name}={getattr(self, name)}: give at least 1")
+        if self.sweeps is not None and self.sweeps < 1:
+            raise ValueError(f"probes.sweeps={self.sweeps}: give at least 1, or none")
+        if self.data == "batch" and (self.sweeps or 1) > 1:
+            raise ValueError(
+                f"probes.sweeps={self.sweeps}: a training batch is visited once; give 1, or "
+                f"probes.data=fixed"
+            )
         if self.every is not None and self.every < 1:
             raise ValueError(f"probes.every={self.every}: give at least 1 step, or none")
         if not 2 <= self.gradient_windows <= self.windows:

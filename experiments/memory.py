@@ -164,7 +164,8 @@ def abstract_step(config: RunConfig, model):
 
     from experiments.loss import make_loss
     from experiments.schedule import make_schedule
-    from lens_jax.step import Lens, init_state, make_train_step
+    from lens_jax.lens import Lens
+    from lens_jax.step import init_state, make_train_step
     from models.gpt import init_params
     from models.windows import widest_window
     from optim.groups import make_optimizer
@@ -176,7 +177,7 @@ def abstract_step(config: RunConfig, model):
     batches = {"tokens": jax.ShapeDtypeStruct((*rows, config.row + 1), jnp.int32)}
     if widest_window(config.arch, config.size) is not None:
         batches["window"] = jax.ShapeDtypeStruct(rows, jnp.int32)
-    return make_train_step(make_loss(model), tx, Lens(())), (state, batches, None)
+    return make_train_step(make_loss(model), tx, Lens()), (state, batches, None)
 
 
 def arrays_named(text: str) -> set[Array]:

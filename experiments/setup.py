@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run: data, model, optimizer, compiled functions."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +13,15 @@ from experiments.data import HeldOut, TokenFiles, held_out, token_hash
 from experiments.devices import make_mesh, place_rows, replicated, split_leading
 from experiments.loss import make_loss
 from experiments.schedule import Schedule
-from lens_jax.gradients import Sink
-from lens_jax.probes import PROBES
-from lens_jax.step import Lens, ProbeBatch, TrainState, init_state, make_train_step
+from lens_jax.lens import Lens, ProbeBatch, make_lens
+from lens_jax.step import TrainState, init_state, make_train_step
 from models.attention import choose
 from models.command_line import UsageError
 from models.gpt import GPT, init_params
 from models.layers import layer_plan
 from optim.groups import make_optimizer
+
+KEPT_GRADIENT_BYTES = 16 * 2**30  # of one sweep, where samples take several passes
 
 
 class Run(NamedTuple):
@@ -77,7 +78,7 @@ def make_model(config: RunConfig, mesh=None) -> GPT:
     return GPT(config.arch, config.size, dtype, config.attention, config.remat, mesh)
 
 
-def make_lens(config: RunConfig) -> Lens:
+def run_lens(config: RunConfig) -> Lens:
     """The probes of a configuration: activations of every layer, matrices of the probed ones.
 
     A layer without attention has no matrices of attention to watch.
@@ -89,20 +90,37 @@ def make_lens(config: RunConfig) -> Lens:
         for matrix in config.probes.matrices
         if plan[layer].attention or not matrix.startswith("attn.")
     )
-    on_batch = config.probes.data == "batch"
-    if on_batch:
-        passes, samples = config.accumulate, config.rows_per_step
+    if config.probes.data == "batch":
+        windows = samples = config.rows_per_step
+        chunk = windows // config.accumulate
     else:
-        samples = config.probes.gradient_windows
-        passes = max(1, samples // config.probes.chunk)
-    sink = Sink(samples // passes, "rows" if passes > 1 else "gram")
+        windows, samples = config.probes.windows, config.probes.gradient_windows
+        chunk = config.probes.chunk
     sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
-    arguments = {"activation": (sites,), "gradient": (paths, sink, passes), "weight": (paths,)}
-    probes = tuple(
-        probe(*arguments[name]) for name, probe in PROBES.items() if name in config.probes.names
+    names = config.probes.names
+    return make_lens(
+        windows=windows,
+        samples=samples,
+        chunk=chunk,
+        activations=sites if "activation" in names else (),
+        gradients=paths if "gradient" in names else (),
+        weights=paths if "weight" in names else (),
+        sweeps=config.probes.sweeps or _sweeps(config, paths),
+        route="one_backward",
     )
-    watched = paths if "gradient" in config.probes.names else ()
-    return Lens(probes, watched, sink if watched else None, 1 if on_batch else passes)
+
+
+def _sweeps(config: RunConfig, paths: Sequence[str]) -> int:
+    """Visits of the probe set, so that the rows kept in one stay below KEPT_GRADIENT_BYTES.
+
+    A single pass keeps Gram matrices instead, and a training batch is visited but once.
+    """
+    samples = config.probes.gradient_windows
+    if config.probes.data == "batch" or samples <= config.probes.chunk:
+        return 1
+    squares = sum(4 if "/mlp/" in path else 1 for path in paths)  # kernels, in units of width^2
+    kept = 4 * samples * squares * config.size.n_embd**2
+    return max(1, min(len(paths), -(-kept // KEPT_GRADIENT_BYTES)))
 
 
 def read_yardstick(files: TokenFiles) -> float | None:
@@ -123,7 +141,7 @@ def make_run(
     loss_fn = make_loss(model)
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     tx = make_optimizer(config.optim, schedule.horizon, shapes, split=split_leading(mesh))
-    lens = make_lens(config)
+    lens = run_lens(config)
     step = make_train_step(
         loss_fn,
         tx,
@@ -132,7 +150,7 @@ def make_run(
         eigen=config.probes.eigen,
         out_sharding=replicated(mesh),
     )
-    fixed = bool(lens.probes) and config.probes.data == "fixed"
+    fixed = bool(lens.probes or lens.sweeps) and config.probes.data == "fixed"
     return Run(
         mesh=mesh,
         step=step,
@@ -203,7 +221,7 @@ def _record_facts(config: RunConfig, held: HeldOut, lens: Lens) -> dict[str, Any
         "num_layers": config.size.n_layer,
         "probe_data": config.probes.data,
         "probe_hash": token_hash(held.probe) if fixed else None,
-        "gradient_samples": samples if lens.paths else 0,
+        "gradient_samples": samples if lens.sweeps else 0,
         "sample_tokens": window,
         "act_tokens": windows * window,
         "dtype": compute_dtype(config).name,

@@ -217,9 +217,9 @@ def check_spectra(
 ) -> Iterator[Check]:
     """Spectra of one rung on twelve sequences, by one forward and one backward pass."""
     from experiments.loss import make_loss
-    from lens_jax.gradients import Sink
-    from lens_jax.probes import activation_probe, gradient_probe, spectra
-    from lens_jax.step import Lens, ProbeBatch, make_measure_step
+    from lens_jax.lens import ProbeBatch, make_lens
+    from lens_jax.probes import spectra
+    from lens_jax.step import make_measure_step
 
     require(meta, SPECTRA_META)
     require(arrays, ("tokens",))
@@ -234,13 +234,12 @@ def check_spectra(
         for layer in layers
         for short, name in matrices.items()
     }
-    sink = Sink(meta["N"])
     kernels = tuple(paths.values())
-    lens = Lens((activation_probe(sites), gradient_probe(kernels, sink)), kernels, sink)
+    lens = make_lens(windows=meta["N"], activations=sites, gradients=kernels, route="one_backward")
     measure = make_measure_step(make_loss(model), lens)
     batch = fixture_batch(rung_meta | meta, config, arrays["tokens"])
     summaries, _ = measure(params, ProbeBatch(batch))
-    found = spectra(summaries, np)
+    found = spectra(summaries, resample=False)
     ours = {
         "act_cov_eigenvalues": {
             str(layer): found[f"act_cov_eigenvalues/{site}"]

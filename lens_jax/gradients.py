@@ -63,8 +63,11 @@ class Sink:
         cotangent = cotangent.reshape(self.samples, -1, cotangent.shape[-1])
         # a sample's own loss is `samples` times its share of the mean over samples
         cotangent = cotangent.astype(jnp.float32) * self.samples
-        rows = jnp.einsum("nti,nto->nio", x, cotangent, precision="highest")
-        rows = rows.reshape(self.samples, -1)
+        return self.of_rows(jnp.einsum("nti,nto->nio", x, cotangent, precision="highest"))
+
+    def of_rows(self, gradients: jax.Array) -> jax.Array:
+        """What the sink holds of per-sample gradients (N, ...)."""
+        rows = gradients.reshape(self.samples, -1)
         return gram_with_mean(rows) if self.form == "gram" else rows
 
 
@@ -79,16 +82,37 @@ def observed_linear(sinks: Mapping[str, jax.Array], sink: Sink) -> Callable:
 
     Kernels whose path has no sink are multiplied as ever. The loss must weigh all samples equally.
     `linear.watched` holds the paths that have one, for models that fuse a product with what
-    follows it where nobody watches.
+    follows it where nobody watches; `linear.uses` counts the products of each, for `check_uses`.
     """
+    uses = dict.fromkeys(sinks, 0)
 
     def linear(x, kernel, path):
         if path not in sinks:
             return x @ kernel
+        uses[path] += 1
         return _observed_product(x, kernel, sinks[path], sink)
 
-    linear.watched = frozenset(sinks)
+    linear.watched, linear.uses = frozenset(sinks), uses
     return linear
+
+
+def check_uses(linear: Callable, sink: Sink) -> None:
+    """Raises ValueError after a forward pass that fed a sink never, or a Gram matrix twice.
+
+    The first would measure zeros, the second a sum of Gram matrices for the Gram matrix of a sum.
+    """
+    for path, count in linear.uses.items():
+        if count == 0:
+            raise ValueError(
+                f"the loss never called linear(x, kernel, {path!r}), so one backward pass cannot "
+                f"see it; call it there, or take route='vmap_grad'"
+            )
+        if count > 1 and sink.form == "gram":
+            raise ValueError(
+                f"the loss called linear(x, kernel, {path!r}) {count} times, and the gradient of "
+                f"a kernel in several places has no Gram matrix of its own there; take "
+                f"route='vmap_grad'"
+            )
 
 
 def _product(x, kernel, values, sink):

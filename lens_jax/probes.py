@@ -14,20 +14,27 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lens_jax.gradients import Sink
+from lens_jax.resampling import Resampled, even_groups, gram_left_out
 from lens_jax.spectra import (
     covariance_eigenvalues,
-    empty_covariance,
+    covariance_eigenvectors,
+    empty_groups,
     gram_singular_values,
     gram_with_mean,
     matrix_singular_values,
     mean_square,
-    merge_covariance,
+    merge_into_groups,
+    pool,
+    split_gram,
+    widen_groups,
 )
 from lens_jax.taps import get_parameters, select
 
 NORM_EPS = 2.0**-23
+LEADING = 10  # eigenvectors kept of a covariance
 
 
 class Evidence(NamedTuple):
@@ -48,27 +55,43 @@ class Probe(NamedTuple):
     summarize: Callable[[Any], dict[str, Any]]
 
 
-def activation_probe(sites: Sequence[str]) -> Probe:
-    """Covariance of the RMS-normalised vectors at each site, over all tokens and over last ones."""
+def activation_probe(
+    sites: Sequence[str], windows: int, groups: int = 1, *, normalise: bool = True
+) -> Probe:
+    """Covariance of the vectors at each site, over all positions and over last ones.
+
+    A tap is (B, ..., D), B windows at a time and `windows` over all passes, of which consecutive
+    ones form `groups` of equal size that are kept apart for error bars. normalise: every vector
+    is divided by its root mean square first (protocol spec 1.2). Last positions are taken of taps
+    (B, T, D) only.
+    """
+    if windows % groups:
+        raise ValueError(f"{groups} groups do not divide {windows} windows")
 
     def init(evidence):
-        taps = select(evidence.taps, sites)
-        return {
-            site: {kind: empty_covariance(tap.shape[-1]) for kind in ("act", "act_last")}
-            for site, tap in taps.items()
-        }
+        state = {}
+        for site, tap in select(evidence.taps, sites).items():
+            width = tap.shape[-1]
+            state[site] = {"act": empty_groups(width, groups)}
+            if tap.ndim == 3:
+                state[site]["act_last"] = empty_groups(width, 1)
+        return jnp.zeros((), jnp.int32), state
 
     def update(state, evidence):
+        seen, state = state
         new = {}
         for site, tap in select(evidence.taps, sites).items():
-            normal = _rms_normalise(tap)
+            vectors = _rms_normalise(tap) if normalise else tap
+            kinds = {"act": (vectors, windows // groups), "act_last": (vectors[:, -1:], windows)}
             new[site] = {
-                "act": merge_covariance(state[site]["act"], normal),
-                "act_last": merge_covariance(state[site]["act_last"], normal[:, -1]),
+                kind: merge_into_groups(state[site][kind], part, seen, size)
+                for kind, (part, size) in kinds.items()
+                if kind in state[site]
             }
-        return new
+        return seen + tap.shape[0], new
 
     def summarize(state):
+        _, state = state
         return {
             f"{kind}/{site}": cov for site, kinds in state.items() for kind, cov in kinds.items()
         }
@@ -123,30 +146,69 @@ def weight_probe(paths: Sequence[str]) -> Probe:
     return Probe("weight", "params", init, lambda state, evidence: init(evidence), summarize)
 
 
-PROBES = {"activation": activation_probe, "gradient": gradient_probe, "weight": weight_probe}
-
-
-def spectra(summaries: Mapping[str, Any], xp) -> dict[str, Any]:
+def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> dict[str, Any]:
     """Arrays of a record from the summaries of all probes.
 
-    xp: numpy for float64 on the host, jax.numpy for float32 inside a compiled step. Names and
-    shapes are those of `lens_jax.records`.
+    xp: numpy for float64 on the host, jax.numpy for float32 inside a compiled step. resample: on
+    the host, also the spectra with parts of the measurement left out, from which error bars come
+    (`lens_jax.jackknife`). Names and shapes are those of `lens_jax.records`.
     """
+    resample = resample and xp is np
     arrays = {}
     for name, value in summaries.items():
         kind, _, where = name.partition("/")
-        if kind == "act":
-            arrays[f"act_cov_eigenvalues/{where}"] = covariance_eigenvalues(value, xp)
-            arrays[f"act_mean_sq/{where}"] = mean_square(value, xp)
-        elif kind == "act_last":
-            arrays[f"act_last_cov_eigenvalues/{where}"] = covariance_eigenvalues(value, xp)
-        elif kind == "grad":
-            arrays[f"grad_singular_values/{where}"] = gram_singular_values(value, xp, centred=False)
-            arrays[f"grad_singular_values_centred/{where}"] = gram_singular_values(
-                value, xp, centred=True
-            )
-        elif kind == "weight":
-            arrays[f"weight_singular_values/{where}"] = matrix_singular_values(value, xp)
-        else:
+        if kind not in _SPECTRA:
             raise ValueError(f"no spectrum is defined for the summary {name!r}")
+        found = _SPECTRA[kind](value, xp, resample)
+        arrays |= {f"{quantity}/{where}": values for quantity, values in found.items()}
     return arrays
+
+
+def _activation_spectra(state, xp, resample):
+    groups = widen_groups(state, xp)
+    moments = pool(groups, xp)
+    found = {
+        "act_cov_eigenvalues": covariance_eigenvalues(moments, xp),
+        "act_cov_eigenvectors": covariance_eigenvectors(moments, LEADING, xp).astype(xp.float32),
+        "act_mean_sq": mean_square(moments),
+    }
+    if resample and len(groups.count) > 1:
+        parts = Resampled(groups)
+        found["act_cov_eigenvalues_left_out"] = parts.left_out().astype(np.float32)
+        found["act_cov_eigenvalues_halves"] = parts.halves().astype(np.float32)
+    return found
+
+
+def _last_spectra(state, xp, resample):
+    del resample  # too few vectors to leave any out
+    return {
+        "act_last_cov_eigenvalues": covariance_eigenvalues(pool(widen_groups(state, xp), xp), xp)
+    }
+
+
+def _gradient_spectra(gram, xp, resample):
+    plain, centred = split_gram(gram, xp)
+    found = {
+        "grad_singular_values": gram_singular_values(plain, xp),
+        "grad_singular_values_centred": gram_singular_values(centred, xp),
+        "grad_mean_sq": plain.mean(),
+    }
+    groups = even_groups(len(plain))
+    if resample and groups > 1:
+        names = ("singular_values", "singular_values_centred", "mean_sq")
+        for name, values in zip(names, gram_left_out(plain, centred, groups), strict=True):
+            found[f"grad_{name}_left_out"] = values.astype(np.float32)
+    return found
+
+
+def _weight_spectra(matrix, xp, resample):
+    del resample  # nothing is sampled
+    return {"weight_singular_values": matrix_singular_values(matrix, xp)}
+
+
+_SPECTRA = {
+    "act": _activation_spectra,
+    "act_last": _last_spectra,
+    "grad": _gradient_spectra,
+    "weight": _weight_spectra,
+}

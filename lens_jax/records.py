@@ -1,9 +1,26 @@
 """Spectra on disk: one `.npz` per measured step, written whole or not at all, read without pickle.
 
-A file `step_00000250.npz` holds float64 arrays named `<kind>/<site>`, for instance
-`act_cov_eigenvalues/h_11/resid_post` or `grad_singular_values/h_11/attn/c_proj/kernel`, and the
-entry `meta`, UTF-8 JSON as bytes, with at least `step` and `tokens`. Spectra are raw and
-descending; fits are never stored instead of them.
+A file `step_00000250.npz` holds arrays named `<kind>/<site>` and the entry `meta`, UTF-8 JSON as
+bytes, with at least `step` and `tokens`. Spectra are raw, descending and float64; fits are never
+stored instead of them. Of an activation tap of width D, W windows in G groups:
+
+    act_cov_eigenvalues           (D,)    of the covariance (division by n - 1)
+    act_cov_eigenvalues_left_out  (G, D)  the same with each group of windows left out, float32
+    act_cov_eigenvalues_halves    (2, D)  of the even groups and of the odd ones, float32
+    act_cov_eigenvectors          (D, k)  the leading ones as columns, signs arbitrary, float32
+    act_mean_sq                   ()      squared norm of the mean vector
+    act_last_cov_eigenvalues      (D,)    of the W last tokens of a tap (B, T, D)
+
+Of the per-sample gradients of a parameter, N samples in G groups, rows of a matrix:
+
+    grad_singular_values, grad_singular_values_centred                    (N,), of the rows as they
+                                                                          are and minus their mean
+    grad_singular_values_left_out, grad_singular_values_centred_left_out  (G, N - N/G), float32
+    grad_mean_sq, grad_mean_sq_left_out                                   () and (G,), squared norm
+                                                                          of the mean gradient
+
+Of a weight matrix: weight_singular_values. Measurements that cannot be cut into equal groups have
+no `_left_out` and no `_halves`.
 
 Entries are not compressed: float64 eigenvalues have random low bits, and on a step of 84 spectra
 (0.42 MB) deflate saved 5% and took four times as long. The zip container checks a CRC of every
@@ -55,7 +72,7 @@ class SpectrumRecord:
 
 
 def write_step(folder: str | Path, step: int, arrays: Arrays, meta: Mapping) -> Path:
-    """Writes one step's arrays (any real dtype, stored as float64) and meta, atomically.
+    """Writes one step's arrays and meta, atomically; float32 stays, other real dtypes widen.
 
     `meta` must be JSON data and hold `tokens`; `step` is added to it. A file of the same step is
     replaced. Whenever the process dies, the folder has the old file or the new one, never a part.
@@ -95,7 +112,7 @@ def _real(name: str, value) -> np.ndarray:
     array = np.asarray(value)
     if not np.can_cast(array.dtype, np.float64):
         raise ValueError(f"array {name!r} has dtype {array.dtype}: give real numbers")
-    return array.astype(np.float64)
+    return array if array.dtype == np.float32 else array.astype(np.float64)
 
 
 def read_step(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ are centred before the product. The eigen-decomposition takes `xp`, numpy for fl
 or jax.numpy inside the compiled step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ class Covariance(NamedTuple):
     """Running centred second moment of D-vectors; each pair is a high and a low word.
 
     mean: (2, D); scatter: (2, D, D), the sum over n vectors of (x - mean)(x - mean)'; count: ().
+    Groups of vectors that are kept apart have a leading axis of G on all three.
     """
 
     count: jax.Array
@@ -24,9 +25,23 @@ class Covariance(NamedTuple):
     scatter: jax.Array
 
 
+class Moments(NamedTuple):
+    """Second moment of n vectors in single words: count (), mean (D,), scatter (D, D)."""
+
+    count: Any
+    mean: Any
+    scatter: Any
+
+
 def empty_covariance(width: int) -> Covariance:
     """No vectors seen yet; count is int32, exact up to two thousand million vectors."""
     return Covariance(jnp.zeros((), jnp.int32), jnp.zeros((2, width)), jnp.zeros((2, width, width)))
+
+
+def empty_groups(width: int, groups: int) -> Covariance:
+    """No vectors seen yet in any of the groups."""
+    empty = empty_covariance(width)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (groups, *leaf.shape)), empty)
 
 
 def _add(pair: jax.Array, term: jax.Array) -> jax.Array:
@@ -60,16 +75,61 @@ def merge_covariance(state: Covariance, x: jax.Array) -> Covariance:
     )
 
 
-def covariance_eigenvalues(state: Covariance, xp) -> jax.Array:
+def merge_into_groups(
+    state: Covariance, x: jax.Array, seen: jax.Array, windows_per_group: int
+) -> Covariance:
+    """The groups after seeing the windows x (B, ..., D), before which came `seen` others.
+
+    Consecutive windows fill one group after another; a single group takes them all. Raises
+    ValueError where B windows are neither whole groups nor an equal share of one.
+    """
+    windows = x.shape[0]
+    if len(state.count) == 1:
+        windows_per_group = windows
+        seen = jnp.zeros_like(seen)
+    if windows % windows_per_group and windows_per_group % windows:
+        raise ValueError(
+            f"{windows} windows at a time do not fill groups of {windows_per_group}: "
+            f"one of the two must divide the other"
+        )
+    filled = max(1, windows // windows_per_group)
+    first = seen // windows_per_group
+    parts = x.reshape(filled, -1, x.shape[-1])  # (groups of this pass, n, D)
+    there = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, filled), state)
+    merged = jax.vmap(merge_covariance)(there, parts)
+    return jax.tree.map(
+        lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), state, merged
+    )
+
+
+def widen_groups(state: Covariance, xp) -> Moments:
+    """The groups in single words: count (G,), mean (G, D), scatter (G, D, D)."""
+    count, mean, scatter = (_widen(leaf, xp) for leaf in state)
+    return Moments(count, mean.sum(1), scatter.sum(1))
+
+
+def pool(groups: Moments, xp) -> Moments:
+    """All groups as one set of vectors."""
+    count = groups.count.sum()
+    mean = (groups.count[:, None] * groups.mean).sum(0) / count
+    shift = groups.mean - mean[None]
+    between = xp.matmul((groups.count[:, None] * shift).T, shift)
+    return Moments(count, mean, groups.scatter.sum(0) + between)
+
+
+def covariance_eigenvalues(moments: Moments, xp) -> jax.Array:
     """Eigenvalues of scatter / (n - 1), descending, (D,)."""
-    scatter, count = _widen(state.scatter, xp), _scalar(state.count, xp)
-    return xp.linalg.eigvalsh(scatter.sum(0) / (count - 1))[::-1]
+    return xp.linalg.eigvalsh(moments.scatter / (moments.count - 1))[::-1]
 
 
-def mean_square(state: Covariance, xp) -> jax.Array:
+def covariance_eigenvectors(moments: Moments, count: int, xp) -> jax.Array:
+    """The leading eigenvectors of the scatter as columns, (D, count); signs are arbitrary."""
+    return xp.linalg.eigh(moments.scatter)[1][:, ::-1][:, :count]
+
+
+def mean_square(moments: Moments) -> jax.Array:
     """Squared norm of the mean vector, ()."""
-    mean = _widen(state.mean, xp).sum(0)
-    return (mean * mean).sum()
+    return (moments.mean * moments.mean).sum()
 
 
 def gram_with_mean(rows: jax.Array) -> jax.Array:
@@ -84,18 +144,20 @@ def gram_with_mean(rows: jax.Array) -> jax.Array:
     return jnp.matmul(stacked, stacked.T, precision="highest")
 
 
-def gram_singular_values(gram: jax.Array, xp, *, centred: bool) -> jax.Array:
-    """Singular values of N rows, descending, (N,), from `gram_with_mean` of them.
-
-    centred: of the rows minus their mean. The Gram matrix squares the condition number: values
-    below about 3e-4 of the largest lose digits to its float32 products.
-    """
+def split_gram(gram: jax.Array, xp) -> tuple[jax.Array, jax.Array]:
+    """Gram matrices (N, N) of the rows as they are and of the centred rows."""
     gram = _widen(gram, xp)
     inner, cross = gram[:-1, :-1], gram[:-1, -1]
-    if not centred:
-        inner = inner + cross[:, None] + cross[None, :] + gram[-1:, -1:]
-    eigenvalues = xp.linalg.eigvalsh(inner)[::-1]
-    return xp.sqrt(xp.maximum(eigenvalues, 0))
+    return inner + cross[:, None] + cross[None, :] + gram[-1:, -1:], inner
+
+
+def gram_singular_values(gram: jax.Array, xp) -> jax.Array:
+    """Singular values of N rows, descending, (N,), from their Gram matrix (N, N).
+
+    The Gram matrix squares the condition number: values below about 3e-4 of the largest lose
+    digits to its float32 products.
+    """
+    return xp.sqrt(xp.maximum(xp.linalg.eigvalsh(gram)[::-1], 0))
 
 
 def matrix_singular_values(matrix: jax.Array, xp) -> jax.Array:
@@ -108,12 +170,8 @@ def matrix_singular_values(matrix: jax.Array, xp) -> jax.Array:
     if xp is jnp:
         return jnp.linalg.svd(matrix, compute_uv=False)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return xp.sqrt(xp.maximum(xp.linalg.eigvalsh(wide @ wide.T)[::-1], 0))
+    return gram_singular_values(wide @ wide.T, xp)
 
 
 def _widen(array, xp):
     return xp.asarray(array, jnp.float32 if xp is jnp else xp.float64)
-
-
-def _scalar(count, xp):
-    return count.astype(jnp.float32) if xp is jnp else float(count)

@@ -1,8 +1,7 @@
 """The compiled training step with the lens inside it, and the same lens on its own.
 
-A loss function is `loss_fn(params, batch, linear) -> (loss, taps)`: the loss a mean over the rows
-of the batch, taps a dict of arrays, and `linear(x, kernel, path)` the product to use for the
-kernels that the gradient probe watches (a lens without sinks calls loss_fn(params, batch)).
+A loss function is what `lens_jax.lens` describes: loss_fn(params, batch) -> (loss, taps), with a
+third argument `linear(x, kernel, path)` where gradients come from one backward pass.
 
 `measure` is static, so two programs are compiled: the plain step carries no trace of the lens.
 """
@@ -15,24 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lens_jax.gradients import Sink, make_sinks, observed_linear
+from lens_jax.gradients import check_uses, make_sinks, observed_linear, per_sample_gradients
+from lens_jax.lens import Lens, ProbeBatch, Sweep
 from lens_jax.probes import Evidence, Probe, spectra
-
-
-class Lens(NamedTuple):
-    """Probes to run together, and the kernels whose products feed sinks (none: no sinks).
-
-    passes: into how many equal consecutive parts a held-out set of samples is cut, each with a
-    forward and a backward pass of its own, where memory does not hold the activations of all.
-    """
-
-    probes: tuple[Probe, ...]
-    paths: tuple[str, ...] = ()
-    sink: Sink | None = None
-    passes: int = 1
-
-    def wants(self, evidence: str) -> bool:
-        return any(probe.needs == evidence for probe in self.probes)
 
 
 class TrainState(NamedTuple):
@@ -41,16 +25,6 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Any
     opt_state: Any
-
-
-class ProbeBatch(NamedTuple):
-    """A held-out probe set: `samples` go forward and backward, `more` forward only.
-
-    samples: a batch; more: batches stacked along a new leading axis, or None.
-    """
-
-    samples: Any
-    more: Any = None
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -77,7 +51,9 @@ def make_train_step(
     finite; a step of which any of these is not finite leaves parameters and optimizer state as
     they were.
     """
-    blind = Lens(())
+    if probe_data == "batch":
+        _check_one_sweep(lens)
+    blind = Lens()
 
     @partial(
         jax.jit, static_argnames="measure", donate_argnames="state", out_shardings=out_sharding
@@ -109,27 +85,55 @@ def make_measure_step(loss_fn: Callable, lens: Lens) -> Callable:
     return jax.jit(partial(measure_lens, loss_fn, lens))
 
 
+def measured_value_and_grad(loss_fn: Callable, lens: Lens) -> Callable:
+    """`f(params, batch) -> (loss, gradients, summaries)` in place of jax.value_and_grad.
+
+    For a training step of one's own: summaries are what the lens sees of the batch in the very
+    passes that yield the gradients. Raises ValueError for a lens of several sweeps or passes.
+    """
+    _check_one_sweep(lens)
+    if lens.passes > 1:
+        raise ValueError(f"a lens of {lens.passes} passes cannot watch one batch; give no chunk")
+
+    def value_and_grad(params, batch):
+        stacked = jax.tree.map(lambda leaf: leaf[None], batch)
+        return _accumulate(loss_fn, params, stacked, lens)
+
+    return value_and_grad
+
+
 def measure_lens(
     loss_fn: Callable, lens: Lens, params: Any, probe_batch: ProbeBatch
 ) -> tuple[dict[str, Any], jax.Array]:
     """Summaries of every probe of the lens on a probe set, and the mean loss of its samples.
 
-    One forward and backward pass over the samples serves all matrices, and its forward the
-    activations too; no gradient of a parameter is formed.
+    One forward and backward pass over the samples serves all matrices of a sweep, and the first
+    one's forward the activations too; no other gradient of a parameter is formed.
     """
+    more = 0 if probe_batch.more is None else _rows(probe_batch.more) * _rows(probe_batch.more, 1)
+    lens.check_windows(_rows(probe_batch.samples) + more)
+    first, *others = lens.sweeps or (None,)
+    summaries, loss = _sweep(loss_fn, lens, first, lens.probes, params, probe_batch)
+    for sweep in others:
+        summaries |= _sweep(loss_fn, lens, sweep, (), params, probe_batch)[0]
+    return summaries, loss
+
+
+def _sweep(loss_fn, lens: Lens, sweep: Sweep | None, probes, params, probe_batch):
+    forward_only = tuple(probe for probe in probes if probe.needs == "taps")
+    probes = _with_gradients(probes, sweep)
 
     def visit(carry, batch):
         total, states = carry
-        loss, evidence = _observe(loss_fn, lens, params, batch)
-        return (total + loss, _update(lens.probes, states, evidence)), None
+        loss, evidence = _observe(loss_fn, sweep, params, batch)
+        return (total + loss, _update(probes, states, evidence)), None
 
     parts = jax.tree.map(
         lambda leaf: leaf.reshape(lens.passes, -1, *leaf.shape[1:]), probe_batch.samples
     )
     total, states = _visit_all(
-        visit, parts, lambda part: _observe(loss_fn, lens, params, part)[1], params, lens.probes
+        visit, parts, lambda part: _observe(loss_fn, sweep, params, part)[1], params, probes
     )
-    forward_only = tuple(probe for probe in lens.probes if probe.needs == "taps")
     if probe_batch.more is not None and forward_only:
 
         def look(states, batch):
@@ -138,46 +142,80 @@ def measure_lens(
 
         seen = {probe.name: states[probe.name] for probe in forward_only}
         states |= jax.lax.scan(look, seen, probe_batch.more)[0]
-    return _summarize(lens.probes, states), total / lens.passes
+    return _summarize(probes, states), total / lens.passes
 
 
-def _observe(loss_fn, lens: Lens, params, batch):
-    """Loss and evidence of one held-out batch; backward only as far as sinks ask."""
-    if not lens.wants("sinks"):
+def _rows(batch, axis: int = 0) -> int:
+    return jax.tree.leaves(batch)[0].shape[axis]
+
+
+def _with_gradients(probes: tuple[Probe, ...], sweep: Sweep | None) -> tuple[Probe, ...]:
+    return probes if sweep is None else (*probes, sweep.probe)
+
+
+def _observe(loss_fn, sweep: Sweep | None, params, batch):
+    """Loss and evidence of one held-out batch; backward only as far as the sweep asks."""
+    if sweep is None or sweep.route == "vmap_grad":
         loss, taps = loss_fn(params, batch)
-        return loss, Evidence(params, taps)
-    sinks = make_sinks(params, lens.paths, lens.sink)
-    objective = partial(_objective, loss_fn, lens, params, batch)
+        return loss, Evidence(params, taps, _mapped(loss_fn, sweep, params, batch))
+    sinks = make_sinks(params, sweep.paths, sweep.sink)
+    objective = partial(_objective, loss_fn, sweep, params, batch)
     (loss, taps), cotangents = jax.value_and_grad(objective, has_aux=True)(sinks)
     return loss, Evidence(params, taps, cotangents)
 
 
+def _mapped(loss_fn, sweep: Sweep | None, params, batch):
+    """What the sinks of a sweep would hold, by vmap(grad)."""
+    if sweep is None or sweep.route == "one_backward":
+        return {}
+    rows = _rows(batch)
+    if rows != sweep.sink.samples:
+        raise ValueError(
+            f"a pass of {rows} rows, where the lens has {sweep.sink.samples} samples a pass"
+        )
+    grads = per_sample_gradients(loss_fn, params, batch, sweep.paths)
+    return {path: sweep.sink.of_rows(rows) for path, rows in grads.items()}
+
+
+def _check_one_sweep(lens: Lens) -> None:
+    if len(lens.sweeps) > 1:
+        raise ValueError(
+            f"a lens of {len(lens.sweeps)} sweeps cannot measure the training batch, which is "
+            f"visited once; give sweeps=1, or a fixed probe set"
+        )
+
+
 def _accumulate(loss_fn, params, batches, lens: Lens):
     """Mean loss and gradients over micro-batches, and what the lens saw in those very passes."""
+    lens.check_windows(_rows(batches) * _rows(batches, 1))
+    sweep = lens.sweeps[0] if lens.sweeps else None
+    probes = _with_gradients(lens.probes, sweep)
 
     def one_pass(batch):
-        sinks = make_sinks(params, lens.paths, lens.sink) if lens.wants("sinks") else {}
+        watch = sweep is not None and sweep.route == "one_backward"
+        sinks = make_sinks(params, sweep.paths, sweep.sink) if watch else {}
 
         def objective(params, sinks):
-            return _objective(loss_fn, lens, params, batch, sinks)
+            return _objective(loss_fn, sweep, params, batch, sinks)
 
         both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         (loss, taps), (grads, cotangents) = both(params, sinks)
-        return loss, grads, Evidence(params, taps, cotangents)
+        found = cotangents | _mapped(loss_fn, sweep, params, batch)
+        return loss, grads, Evidence(params, taps, found)
 
     def visit(carry, batch):
         (total_loss, total_grads), states = carry
         loss, grads, evidence = one_pass(batch)
         totals = total_loss + loss, jax.tree.map(jnp.add, total_grads, grads)
-        return (totals, _update(lens.probes, states, evidence)), None
+        return (totals, _update(probes, states, evidence)), None
 
-    num_batches = jax.tree.leaves(batches)[0].shape[0]
+    num_batches = _rows(batches)
     zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     totals, states = _visit_all(
-        visit, batches, lambda batch: one_pass(batch)[2], params, lens.probes, zero
+        visit, batches, lambda batch: one_pass(batch)[2], params, probes, zero
     )
     loss, grads = jax.tree.map(lambda total: total / num_batches, totals)
-    return loss, grads, _summarize(lens.probes, states)
+    return loss, grads, _summarize(probes, states)
 
 
 def _visit_all(visit, batches, look, params, probes, zero=0.0):
@@ -185,15 +223,18 @@ def _visit_all(visit, batches, look, params, probes, zero=0.0):
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     shapes = jax.eval_shape(look, first)._replace(params=params)
     carry = jax.tree.map(jnp.asarray, zero), _init(probes, shapes)
-    if jax.tree.leaves(batches)[0].shape[0] == 1:
+    if _rows(batches) == 1:
         return visit(carry, first)[0]
     return jax.lax.scan(visit, carry, batches)[0]
 
 
-def _objective(loss_fn, lens: Lens, params, batch, sinks):
+def _objective(loss_fn, sweep: Sweep | None, params, batch, sinks):
     if not sinks:
         return loss_fn(params, batch)
-    return loss_fn(params, batch, observed_linear(sinks, lens.sink))
+    linear = observed_linear(sinks, sweep.sink)
+    result = loss_fn(params, batch, linear)
+    check_uses(linear, sweep.sink)
+    return result
 
 
 def _init(probes, shapes: Evidence):

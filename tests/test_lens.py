@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from lens_jax.gradients import Sink, per_sample_gradients
-from lens_jax.probes import activation_probe, gradient_probe, spectra, weight_probe
+from lens_jax.lens import Lens, ProbeBatch, make_lens, split_windows
+from lens_jax.probes import gradient_probe, spectra
 from lens_jax.spectra import (
     covariance_eigenvalues,
     empty_covariance,
@@ -17,14 +18,16 @@ from lens_jax.spectra import (
     gram_with_mean,
     matrix_singular_values,
     merge_covariance,
+    pool,
+    split_gram,
+    widen_groups,
 )
 from lens_jax.step import (
-    Lens,
-    ProbeBatch,
     init_state,
     make_measure_step,
     make_train_step,
     measure_lens,
+    measured_value_and_grad,
 )
 
 WIDTH, HIDDEN, TOKENS, SAMPLES = 6, 10, 5, 8
@@ -66,14 +69,19 @@ def looped_gradients(params, batch, path):
     return np.stack(rows)
 
 
-def full_lens(form="gram", passes=1):
-    sink = Sink(SAMPLES // passes, form)
-    probes = (
-        activation_probe(("out/resid_post",)),
-        gradient_probe(PATHS, sink, passes),
-        weight_probe(PATHS),
+def full_lens(**settings):
+    return make_lens(
+        windows=SAMPLES,
+        activations=("out/resid_post",),
+        gradients=PATHS,
+        weights=PATHS,
+        **{"route": "one_backward"} | settings,
     )
-    return Lens(probes, PATHS, sink)
+
+
+def pooled(state):
+    """A covariance that is not cut into groups, in single words."""
+    return pool(widen_groups(jax.tree.map(lambda leaf: leaf[None], state), np), np)
 
 
 def test_vmap_of_grad_is_the_looped_gradient(problem):
@@ -94,7 +102,8 @@ def test_one_backward_gives_the_singular_values_of_the_looped_gradients(problem,
         rows = looped_gradients(params, batch, path)
         rows = rows - rows.mean(0) if centred else rows
         expected = np.linalg.svd(rows, compute_uv=False)
-        got = gram_singular_values(summaries[f"grad/{path}"], np, centred=centred)
+        gram = split_gram(summaries[f"grad/{path}"], np)[centred]
+        got = gram_singular_values(gram, np)
         np.testing.assert_allclose(got, expected, atol=3e-4 * expected[0])
         np.testing.assert_allclose(got[:4], expected[:4], rtol=1e-5)
 
@@ -102,7 +111,7 @@ def test_one_backward_gives_the_singular_values_of_the_looped_gradients(problem,
 def test_windows_of_one_row_can_be_the_samples(problem):
     params, batch = problem
     flat = jax.tree.map(lambda leaf: leaf.reshape(1, SAMPLES * TOKENS, WIDTH), batch)
-    lens = full_lens()
+    lens = make_lens(windows=SAMPLES, gradients=PATHS, route="one_backward")
     cut, _ = measure_lens(small_loss, lens, params, ProbeBatch(flat))
     rows, _ = measure_lens(small_loss, lens, params, ProbeBatch(batch))
     for path in PATHS:
@@ -111,26 +120,26 @@ def test_windows_of_one_row_can_be_the_samples(problem):
 
 def test_samples_in_several_passes_give_the_same_spectra(problem):
     params, batch = problem
-    split = full_lens("rows", 4)._replace(passes=4)
+    split = full_lens(chunk=2, sweeps=2)
+    assert (split.passes, len(split.sweeps), split.paths) == (4, 2, PATHS)
     whole, loss = make_measure_step(small_loss, full_lens())(params, ProbeBatch(batch))
     parts, loss_of_parts = make_measure_step(small_loss, split)(params, ProbeBatch(batch))
     np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
-    whole, parts = spectra(whole, np), spectra(parts, np)
-    assert whole.keys() == parts.keys()
-    for name, values in whole.items():
-        np.testing.assert_allclose(parts[name], values, atol=3e-4 * values.max(), err_msg=name)
+    same_spectra(spectra(parts), spectra(whole))
 
 
 def test_activation_spectrum_is_numpys_over_all_chunks(problem):
     params, batch = problem
-    lens = Lens((activation_probe(("out/resid_post",)),))
+    lens = make_lens(
+        windows=SAMPLES + 12, samples=SAMPLES, chunk=4, activations=("out/resid_post",)
+    )
     rng = np.random.default_rng(1)
-    more = {name: jnp.asarray(rng.normal(size=(3, 4, TOKENS, WIDTH)), jnp.float32) for name in "xy"}
-    summaries, _ = make_measure_step(small_loss, lens)(params, ProbeBatch(batch, more))
-    taps = [small_loss(params, batch)[1]["out/resid_post"]]
-    for i in range(3):
-        chunk = jax.tree.map(lambda leaf, i=i: leaf[i], more)
-        taps.append(small_loss(params, chunk)[1]["out/resid_post"])
+    more = {name: jnp.asarray(rng.normal(size=(12, TOKENS, WIDTH)), jnp.float32) for name in "xy"}
+    windows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), batch, more)
+    probe_batch = split_windows(windows, SAMPLES, 4)
+    assert probe_batch.more["x"].shape == (3, 4, TOKENS, WIDTH)
+    summaries, _ = make_measure_step(small_loss, lens)(params, probe_batch)
+    taps = [small_loss(params, windows)[1]["out/resid_post"]]
     for kind, pick in (("act_cov", np.s_[:, :]), ("act_last_cov", np.s_[:, -1:])):
         x = np.concatenate([np.asarray(t, np.float64)[pick].reshape(-1, WIDTH) for t in taps])
         x /= np.sqrt((x**2).mean(-1, keepdims=True) + 2.0**-23)
@@ -158,7 +167,7 @@ def test_covariance_keeps_a_steep_tail_under_a_strong_mean():
         state = merge(state, jnp.asarray(chunk))
     flat = x.reshape(-1, width).astype(np.float64)
     expected = np.linalg.eigvalsh(np.cov(flat.T))[::-1]
-    got = covariance_eigenvalues(state, np)
+    got = covariance_eigenvalues(pooled(state), np)
     np.testing.assert_allclose(got, expected, rtol=2e-4)
     assert int(state.count) == chunks * rows
 
@@ -184,11 +193,11 @@ def test_compensated_sums_are_far_closer_to_float64_than_plain_ones():
 def test_gram_of_rows_with_a_dominating_mean_keeps_the_centred_spectrum():
     rng = np.random.default_rng(4)
     rows = rng.normal(size=(12, 400)).astype(np.float32) + 300.0
-    gram = gram_with_mean(jnp.asarray(rows))
+    grams = split_gram(gram_with_mean(jnp.asarray(rows)), np)
     wide = rows.astype(np.float64)
     for centred, matrix in ((True, wide - wide.mean(0)), (False, wide)):
         expected = np.linalg.svd(matrix, compute_uv=False)
-        got = gram_singular_values(gram, np, centred=centred)
+        got = gram_singular_values(grams[centred], np)
         keep = expected > 1e-6 * expected[0]
         keep[-1] = keep[-1] and not centred
         np.testing.assert_allclose(got[keep], expected[keep], rtol=1e-4)
@@ -208,19 +217,29 @@ def stacked(batch, num_batches):
     return jax.tree.map(lambda leaf: leaf.reshape(num_batches, -1, *leaf.shape[1:]), batch)
 
 
-@pytest.mark.parametrize(("passes", "form"), [(1, "gram"), (1, "rows"), (4, "rows")])
-def test_the_training_batch_measures_itself(problem, passes, form):
+def same_spectra(got, expected):
+    """Up to rounding of float32 Gram matrices and the signs of eigenvectors."""
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        values, found = (np.asarray(each, np.float64) for each in (values, got[name]))
+        if name.startswith("act_cov_eigenvectors"):
+            signs = np.sign((values * found).sum(0, keepdims=True))
+            found = found * signs
+        np.testing.assert_allclose(found, values, atol=3e-4 * np.abs(values).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("route", ["one_backward", "vmap_grad"])
+@pytest.mark.parametrize("passes", [1, 4])
+def test_the_training_batch_measures_itself(problem, passes, route):
     """probe_data=batch over micro-batches equals the held-out route on the same rows."""
     params, batch = problem
     tx = optax.sgd(0.1)
-    step = make_train_step(small_loss, tx, full_lens(form, passes), probe_data="batch")
+    lens = full_lens(chunk=SAMPLES // passes, route=route)
+    step = make_train_step(small_loss, tx, lens, probe_data="batch")
     state = init_state(jax.tree.map(jnp.copy, params), tx)
     _, _, measured = step(state, stacked(batch, passes), None, measure=True)
     expected, _ = measure_lens(small_loss, full_lens(), params, ProbeBatch(batch))
-    got, expected = spectra(measured, np), spectra(expected, np)
-    assert got.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_allclose(got[name], values, atol=3e-4 * values.max(), err_msg=name)
+    same_spectra(spectra(measured), spectra(expected))
 
 
 @pytest.mark.parametrize("probe_data", ["fixed", "batch"])
@@ -245,18 +264,13 @@ def test_eigenvalues_inside_the_step_are_those_of_the_host(problem):
         step = make_train_step(small_loss, tx, full_lens(), eigen=eigen)
         state = init_state(jax.tree.map(jnp.copy, params), tx)
         _, _, found[eigen] = step(state, stacked(batch, 1), ProbeBatch(batch), measure=True)
-    host = spectra(found["host"], np)
-    assert host.keys() == found["graph"].keys()
-    for name, values in host.items():
-        np.testing.assert_allclose(
-            found["graph"][name], values, atol=3e-4 * values.max(), err_msg=name
-        )
+    same_spectra(found["graph"], spectra(found["host"], resample=False))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(problem):
     params, batch = problem
     tx = optax.sgd(1.0)
-    step = make_train_step(small_loss, tx, Lens(()))
+    step = make_train_step(small_loss, tx, Lens())
     ends = []
     for num_batches in (1, 4):
         state = init_state(jax.tree.map(jnp.copy, params), tx)
@@ -269,7 +283,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(problem):
 def test_a_step_that_is_not_finite_changes_nothing(problem):
     params, batch = problem
     tx = optax.adam(1.0)
-    step = make_train_step(small_loss, tx, Lens(()))
+    step = make_train_step(small_loss, tx, Lens())
     state = init_state(jax.tree.map(jnp.copy, params), tx)
     poisoned = batch | {"x": batch["x"].at[0, 0, 0].set(jnp.nan)}
     new, metrics, _ = step(state, stacked(poisoned, 1), None, measure=False)
@@ -278,13 +292,58 @@ def test_a_step_that_is_not_finite_changes_nothing(problem):
     jax.tree.map(np.testing.assert_array_equal, new.params, params)
 
 
+def test_a_step_of_ones_own_is_measured_in_its_own_passes(problem):
+    params, batch = problem
+    measured = jax.jit(measured_value_and_grad(small_loss, full_lens()))
+    loss, grads, summaries = measured(params, batch)
+    (expected_loss, _), expected = jax.value_and_grad(small_loss, has_aux=True)(params, batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, expected)
+    same_spectra(
+        spectra(summaries),
+        spectra(measure_lens(small_loss, full_lens(), params, ProbeBatch(batch))[0]),
+    )
+    with pytest.raises(ValueError, match="a lens of 2 sweeps cannot measure the training batch"):
+        measured_value_and_grad(small_loss, full_lens(sweeps=2))
+    with pytest.raises(ValueError, match="a lens of 4 passes cannot watch one batch"):
+        measured_value_and_grad(small_loss, full_lens(chunk=2))
+
+
+def test_a_kernel_that_one_backward_pass_cannot_see_is_refused(problem):
+    """Zeros, or a sum of Gram matrices, would look like a measurement."""
+    params, batch = problem
+
+    def unseen(params, batch, linear=product):
+        return small_loss(params, batch)
+
+    def twice(params, batch, linear=product):
+        kernel = params["first"]["kernel"]
+        there, here = (linear(batch[name], kernel, "first/kernel") for name in "xy")
+        return jnp.mean((there - here) ** 2), {}
+
+    lens = make_lens(windows=SAMPLES, gradients=("first/kernel",), route="one_backward")
+    with pytest.raises(ValueError, match=r"never called linear\(x, kernel, 'first/kernel'\)"):
+        measure_lens(unseen, lens, params, ProbeBatch(batch))
+    with pytest.raises(ValueError, match=r"'first/kernel'\) 2 times"):
+        measure_lens(twice, lens, params, ProbeBatch(batch))
+
+
 def test_bad_requests_are_named(problem):
     params, batch = problem
+    lens = make_lens(windows=SAMPLES, activations=("h_9/resid_post",))
     with pytest.raises(ValueError, match=r"no tap named 'h_9/resid_post'"):
-        measure_lens(
-            small_loss, Lens((activation_probe(("h_9/resid_post",)),)), params, ProbeBatch(batch)
-        )
+        measure_lens(small_loss, lens, params, ProbeBatch(batch))
     with pytest.raises(ValueError, match="no parameter at 'third/kernel'"):
         per_sample_gradients(small_loss, params, batch, ("third/kernel",))
+    lens = make_lens(windows=SAMPLES - 1, activations=("out/resid_post",))
+    with pytest.raises(ValueError, match="made for windows=7, the data has 8"):
+        measure_lens(small_loss, lens, params, ProbeBatch(batch))
+    lens = make_lens(windows=SAMPLES - 1, gradients=PATHS)
+    with pytest.raises(ValueError, match="a pass of 8 rows, where the lens has 7 samples"):
+        measure_lens(small_loss, lens, params, ProbeBatch(batch))
+    with pytest.raises(ValueError, match="chunk=3 does not divide samples=8"):
+        make_lens(windows=SAMPLES, chunk=3)
+    with pytest.raises(ValueError, match="samples=9: give 1 to windows=8"):
+        make_lens(windows=SAMPLES, samples=9)
     with pytest.raises(ValueError, match="need sinks of the form 'rows'"):
         gradient_probe(PATHS, Sink(4), passes=2)

@@ -6,10 +6,11 @@ import pytest
 from tiny_models import LAYERS, VOCAB, TinyModel, flat, quick_compiler, random_tokens, tiny_model
 
 from experiments.config import MATRICES
-from lens_jax.gradients import Sink, per_sample_gradients
-from lens_jax.probes import gradient_probe, spectra
+from lens_jax.gradients import per_sample_gradients
+from lens_jax.lens import ProbeBatch, make_lens
+from lens_jax.probes import spectra
 from lens_jax.spectra import gram_with_mean
-from lens_jax.step import Lens, ProbeBatch, make_measure_step
+from lens_jax.step import make_measure_step
 
 # one rung for every way in which a matrix is used
 RUNGS = ("baseline", "rope", "untied", "valuemix", "betterwin", "sparsev", "fp8head", "lswa")
@@ -25,8 +26,7 @@ def _quick_compiler():
 
 def one_backward(model: TinyModel, paths, params) -> dict[str, np.ndarray]:
     """Gram matrices from the sinks of one pass over all samples."""
-    sink = Sink(SAMPLES)
-    lens = Lens((gradient_probe(paths, sink),), paths, sink)
+    lens = make_lens(windows=SAMPLES, gradients=paths, route="one_backward")
     batch = ProbeBatch({"tokens": random_tokens(SAMPLES)})
     summaries, loss = make_measure_step(model.loss_fn, lens)(params, batch)
     assert np.isfinite(float(loss))

@@ -15,7 +15,8 @@ from tiny_models import TinyModel, quick_compiler, random_tokens, shake, tiny_co
 
 from experiments import bench_peer
 from experiments.bench_peer import check_losses, load_peer, load_torch, to_torch
-from lens_jax.step import Lens, init_state, make_train_step
+from lens_jax.lens import Lens
+from lens_jax.step import init_state, make_train_step
 from models.command_line import UsageError
 from models.interop import to_published
 from models.masks import document_ids, visible_pairs
@@ -78,7 +79,7 @@ class Pair:
     def our_steps(self, count: int, batches) -> tuple[list[float], dict]:
         """The losses of some steps, and the published parameters after them."""
         tx = make_optimizer(self.config.optim, HORIZON, self.params)
-        step = make_train_step(self.ours.loss_fn, tx, Lens(()))
+        step = make_train_step(self.ours.loss_fn, tx, Lens())
         state, losses = init_state(jax.tree.map(jax.numpy.asarray, self.params), tx), []
         for _ in range(count):
             state, metrics, _ = step(state, batches, None, measure=False)

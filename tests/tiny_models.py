@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.config import RunConfig
 from experiments.loss import make_loss
-from lens_jax.step import Lens, init_state, make_train_step
+from lens_jax.lens import Lens
+from lens_jax.step import init_state, make_train_step
 from lens_jax.taps import parameter_paths
 from models.command_line import Layer, build
 from models.gpt import GPT, init_params
@@ -104,7 +105,7 @@ class TinyModel:
     def two_steps(self):
         """Parameters after the first of two steps on one batch, and the metrics of both."""
         tx = make_optimizer(self.config.optim, Horizon(1000), self.start)
-        step = make_train_step(self.loss_fn, tx, Lens(()))
+        step = make_train_step(self.loss_fn, tx, Lens())
         batches = {"tokens": random_tokens()[None]}
         state = init_state(jax.tree.map(jax.numpy.copy, self.start), tx)
         state, first, _ = step(state, batches, None, measure=False)

@@ -1,0 +1,130 @@
+"""What to measure, declared once: `make_lens` names taps and parameters of any JAX model.
+
+The model is a function loss_fn(params, batch) -> (loss, taps): the loss a mean over the rows of
+the batch, params any pytree, taps a dict of arrays (B, ..., D). Nothing else is asked of it for
+route="vmap_grad". Where its products go through a third argument, `linear(x, kernel, path)`, the
+gradients of all kernels come from one backward pass (route="one_backward").
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from lens_jax.gradients import Sink
+from lens_jax.probes import Probe, activation_probe, gradient_probe, weight_probe
+from lens_jax.resampling import even_groups
+
+Route = Literal["one_backward", "vmap_grad"]
+
+
+class Sweep(NamedTuple):
+    """The per-sample gradients that one visit of the samples yields, and by which route."""
+
+    probe: Probe
+    paths: tuple[str, ...]
+    sink: Sink
+    route: Route
+
+
+class Lens(NamedTuple):
+    """Probes to run together.
+
+    sweeps: visits of the gradient samples, the first together with the probes; more than one where
+    memory does not hold the gradients of all kernels. passes: into how many equal consecutive
+    parts the samples are cut, each with a forward and a backward pass of its own, where memory does
+    not hold the activations of all. windows: rows of data that the activation probe must be shown
+    (None: it does not say).
+    """
+
+    probes: tuple[Probe, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
+    passes: int = 1
+    windows: int | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The kernels whose per-sample gradients are measured."""
+        return tuple(path for sweep in self.sweeps for path in sweep.paths)
+
+    def check_windows(self, count: int) -> None:
+        """Raises ValueError unless `count` rows are what the lens was made for."""
+        if self.windows is not None and count != self.windows:
+            raise ValueError(f"the lens was made for windows={self.windows}, the data has {count}")
+
+
+class ProbeBatch(NamedTuple):
+    """A held-out probe set: `samples` go forward and backward, `more` forward only.
+
+    samples: a batch; more: batches stacked along a new leading axis, or None.
+    """
+
+    samples: Any
+    more: Any = None
+
+
+def make_lens(
+    *,
+    windows: int,
+    activations: Sequence[str] = (),
+    gradients: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    samples: int | None = None,
+    chunk: int | None = None,
+    sweeps: int = 1,
+    route: Route = "vmap_grad",
+    normalise: bool = True,
+) -> Lens:
+    """A lens on `windows` rows of data.
+
+    activations: names of taps. gradients, weights: paths of parameters, as
+    `lens_jax.taps.parameter_paths` lists them. samples: how many of the rows, the first, are
+    samples of the gradient probe (None: all). chunk: rows in one pass of the model (None: all
+    samples at once). sweeps: visits of the samples, each for a part of the gradients. normalise:
+    divide every activation vector by its root mean square first (protocol spec 1.2).
+    Raises ValueError for numbers that do not fit together.
+    """
+    samples = windows if samples is None else samples
+    if not 1 <= samples <= windows:
+        raise ValueError(f"samples={samples}: give 1 to windows={windows}")
+    chunk = samples if chunk is None else chunk
+    rows = min(chunk, samples)  # of a pass over the samples
+    if samples % rows or (windows - samples) % chunk:
+        raise ValueError(
+            f"chunk={chunk} does not divide samples={samples} and the {windows - samples} windows "
+            f"beyond them; give a divisor"
+        )
+    passes = samples // rows
+    probes = []
+    if activations:
+        groups = even_groups(windows, rows, chunk)
+        probes.append(activation_probe(activations, windows, groups, normalise=normalise))
+    if weights:
+        probes.append(weight_probe(tuple(weights)))
+    sink = Sink(rows, "rows" if passes > 1 else "gram")
+    parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
+    return Lens(
+        tuple(probes),
+        tuple(Sweep(gradient_probe(part, sink, passes), part, sink, route) for part in parts),
+        passes,
+        windows if activations else None,
+    )
+
+
+def _part(paths: Sequence[str], parts: int, k: int) -> tuple[str, ...]:
+    """The k-th of nearly equal consecutive parts."""
+    return tuple(paths[len(paths) * k // parts : len(paths) * (k + 1) // parts])
+
+
+def split_windows(batch: Any, samples: int, chunk: int) -> ProbeBatch:
+    """A batch whose leaves have all windows in their leading axis, as a probe set.
+
+    The first `samples` rows are gradient samples, the rest is stacked in chunks.
+    """
+    first = jax.tree.map(lambda leaf: leaf[:samples], batch)
+    rest = jax.tree.map(lambda leaf: leaf[samples:], batch)
+    if not jax.tree.leaves(rest)[0].shape[0]:
+        return ProbeBatch(first)
+    return ProbeBatch(
+        first, jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), rest)
+    )
