@@ -11,6 +11,7 @@ from scipy import stats
 
 from lens_jax.fits import (
     PAPER_WINDOWS,
+    fit_alpha_req,
     fit_power_law,
     jsd,
     rankme,
@@ -114,6 +115,64 @@ def test_fit_ignores_scale_and_order(values, first, length, scale):
     np.testing.assert_allclose(other.alpha, fit.alpha, rtol=1e-6, atol=1e-8)
     assert not fit.alpha < -1e-9  # a descending spectrum cannot rise
     assert not fit.se < 0
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 2.0])
+def test_alpha_req_recovers_a_planted_law_on_its_own_ranks(alpha):
+    values = 7.5 * np.arange(1, 769.0) ** -alpha
+    values[:5] *= 100  # ranks 1-5 and those beyond 100 play no part
+    values[100:] *= 1e-3
+    fit = fit_alpha_req(values)
+    assert fit.alpha == pytest.approx(alpha, abs=1e-12)
+    assert fit.r2 == pytest.approx(1, abs=1e-12)
+    assert (fit.first, fit.last) == (6, 100)
+    assert fit_alpha_req(values[:50]).last == 50
+
+
+def weighted_twin(x, y, weights):
+    """Slope, weighted r2 and standard error by matrices, residuals of one common variance."""
+    design = np.stack([np.ones_like(x), x], axis=1)  # (n, 2)
+    solve = np.linalg.inv(design.T @ np.diag(weights) @ design) @ design.T @ np.diag(weights)
+    residual_maker = np.eye(x.size) - design @ solve
+    residual = residual_maker @ y
+    variance = residual @ np.diag(weights) @ residual
+    variance /= np.trace(residual_maker.T @ np.diag(weights) @ residual_maker)
+    mean = np.average(y, weights=weights)
+    r2 = 1 - np.sum(weights * residual**2) / np.sum(weights * (y - mean) ** 2)
+    return (solve @ y)[1], r2, math.sqrt(variance * (solve @ solve.T)[1, 1])
+
+
+def test_alpha_req_against_matrices_and_polyfit():
+    rng = np.random.default_rng(3)
+    values = np.sort(np.arange(1, 301.0) ** -1.3 * np.exp(0.2 * rng.normal(size=300)))[::-1]
+    for first, last in [(6, 100), (1, 300), (10, 12)]:
+        fit = fit_alpha_req(values, first, last)
+        ranks = np.arange(first, last + 1.0)
+        x, y = np.log(ranks), np.log(values[first - 1 : last])
+        slope, r2, se = weighted_twin(x, y, 1 / ranks)
+        assert fit.alpha == pytest.approx(-slope, rel=1e-9)
+        assert fit.alpha == pytest.approx(-np.polyfit(x, y, 1, w=ranks**-0.5)[0], rel=1e-9)
+        assert fit.r2 == pytest.approx(r2, rel=1e-9)
+        assert fit.se == pytest.approx(se, rel=1e-7)
+
+
+def test_error_of_alpha_req_is_the_spread_over_draws_of_equal_noise():
+    rng = np.random.default_rng(4)
+    # Steps of the planted law exceed the noise, so ranking changes nothing.
+    law = -60 * np.log(np.arange(1, 101.0))
+    fits = [fit_alpha_req(np.exp(law + 0.05 * rng.normal(size=100))) for _ in range(2000)]
+    spread = np.std([fit.alpha for fit in fits])
+    assert np.sqrt(np.mean([fit.se**2 for fit in fits])) == pytest.approx(spread, rel=0.06)
+
+
+def test_alpha_req_has_the_edges_of_the_plain_fit():
+    assert np.isnan([fit_alpha_req(np.zeros(50)).alpha, fit_alpha_req(np.zeros(50)).se]).all()
+    assert math.isnan(fit_alpha_req(np.r_[np.ones(49), np.nan]).alpha)
+    flat = fit_alpha_req(np.full(50, 0.1))
+    assert (flat.alpha, flat.se) == (0, 0)
+    assert math.isnan(flat.r2)
+    with pytest.raises(ValueError, match="ranks 6-100 begin beyond the spectrum of 5"):
+        fit_alpha_req(np.ones(5))
 
 
 def test_scaled_windows_of_the_paper():
