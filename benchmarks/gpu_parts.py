@@ -21,8 +21,8 @@ from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.bench_updates import SCATTERS, zipf_tokens
 from experiments.config import PROBES
 from experiments.devices import peak_flops
+from experiments.probe_set import with_window
 from experiments.resolve import sized
-from experiments.setup import with_window
 from models.float8 import has_native_float8, native_float8_products
 from models.flops import flops_per_token
 from models.head import head_loss

@@ -17,7 +17,8 @@ import numpy as np
 from experiments.bench_steps import Bench, Program, compile_program
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.loss import make_loss
-from experiments.setup import compute_dtype, run_lens
+from experiments.probe_set import run_lens
+from experiments.setup import compute_dtype
 from lens_jax.gradients import per_sample_gradients
 from lens_jax.spectra import gram_singular_values, gram_with_mean, split_gram
 from lens_jax.step import make_measure_step

@@ -13,8 +13,9 @@ from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.config import PROBES, RunConfig
 from experiments.data import HeldOut
 from experiments.devices import place_rows, replicated
+from experiments.probe_set import probe_at, with_window
 from experiments.schedule import make_schedule
-from experiments.setup import make_run, probe_at, with_window
+from experiments.setup import make_run
 from lens_jax.probes import spectra
 from models.command_line import UsageError
 from models.windows import widest_window

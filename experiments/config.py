@@ -76,6 +76,10 @@ class ProbeConfig:
         default=("attn.c_q", "attn.c_v", "attn.c_proj", "mlp.c_proj"),
         doc="matrices under the gradient and weight probes",
     )
+    sample: Literal["row", "window"] = chz.field(
+        default="row",
+        doc="a gradient sample of the training batch: a whole row, or probes.window tokens of it",
+    )
     eigen: Literal["host", "graph"] = chz.field(
         default="host", doc="eigenvalues in float64 on a host thread, or inside the compiled step"
     )
@@ -224,6 +228,11 @@ class RunConfig:
             raise ValueError(
                 f"data.val_tokens={self.data.val_tokens} is not a multiple of the row of "
                 f"{self.row} tokens; give a multiple"
+            )
+        if self.probes.sample == "window" and self.row % self.probes.window:
+            raise ValueError(
+                f"probes.window={self.probes.window} does not divide the row of {self.row} tokens; "
+                f"give a divisor, or probes.sample=row"
             )
         if self.probes.window > self.row and self.arch.position == "learned":
             raise ValueError(

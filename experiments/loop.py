@@ -28,6 +28,7 @@ from experiments.data import (
 )
 from experiments.devices import peak_flops, place_rows, replicated
 from experiments.metrics import MetricsFile
+from experiments.probe_set import probe_at, with_window
 from experiments.progress import Display, format_rate, format_tokens
 from experiments.run_folder import RunFolder
 from experiments.schedule import Schedule, make_schedule
@@ -35,9 +36,7 @@ from experiments.setup import (
     Run,
     hold_out,
     make_run,
-    probe_at,
     read_yardstick,
-    with_window,
 )
 from experiments.stops import Interrupt, NotFinite
 from lens_jax.probes import spectra
@@ -248,11 +247,12 @@ class Loop:
         seconds = None if self.fetched_at is None else now - self.fetched_at
         self.fetched_at = now
         finite = metrics.pop("finite")
+        probe_loss = metrics.pop("probe_loss", None)
         numbers = {name: float(value) for name, value in metrics.items()}
         if not finite:
             raise NotFinite("training", step, numbers)
         if measured:
-            self._submit(step, measured)
+            self._submit(step, measured, probe_loss)
         if measured_only:
             return
         rate = None if seconds is None else self.config.tokens_per_step / seconds
@@ -274,15 +274,17 @@ class Loop:
     def _typical_rate(self) -> float | None:
         return statistics.median(self.rates[-50:]) if self.rates else None
 
-    def _submit(self, step: int, measured: dict) -> None:
+    def _submit(self, step: int, measured: dict, probe_loss) -> None:
         meta = {"step": step, "tokens": step * self.config.tokens_per_step, **self.run_.facts}
         meta["window_tokens"] = self._window(step)
+        if probe_loss is not None:
+            meta["probe_loss"] = float(probe_loss)
         if step in self.val_losses:
             meta["val_loss"] = self.val_losses[step]
         if self.config.probes.eigen == "graph":
             self.writer.submit(step, meta, partial(jax.device_get, measured))
         else:
-            self.writer.submit(step, meta, partial(spectra, measured, np))
+            self.writer.submit(step, meta, partial(spectra, measured))
 
     def _save(self, step: int, state: TrainState) -> None:
         """Save a checkpoint; all that was written about earlier steps is on disk before it is."""

@@ -71,6 +71,7 @@ def make_lens(
     weights: Sequence[str] = (),
     samples: int | None = None,
     chunk: int | None = None,
+    pieces: int = 1,
     sweeps: int = 1,
     route: Route = "vmap_grad",
     normalise: bool = True,
@@ -80,8 +81,10 @@ def make_lens(
     activations: names of taps. gradients, weights: paths of parameters, as
     `lens_jax.taps.parameter_paths` lists them. samples: how many of the rows, the first, are
     samples of the gradient probe (None: all). chunk: rows in one pass of the model (None: all
-    samples at once). sweeps: visits of the samples, each for a part of the gradients. normalise:
-    divide every activation vector by its root mean square first (protocol spec 1.2).
+    samples at once). pieces: into how many equal stretches a row is cut, each a gradient sample
+    with the mean loss of its own positions (one backward pass only). sweeps: visits of the samples,
+    each for a part of the gradients. normalise: divide every activation vector by its root mean
+    square first (protocol spec 1.2).
     Raises ValueError for numbers that do not fit together.
     """
     samples = windows if samples is None else samples
@@ -94,6 +97,8 @@ def make_lens(
             f"chunk={chunk} does not divide samples={samples} and the {windows - samples} windows "
             f"beyond them; give a divisor"
         )
+    if pieces > 1 and route == "vmap_grad":
+        raise ValueError(f"pieces={pieces} of a row are samples to route='one_backward' only")
     passes = samples // rows
     probes = []
     if activations:
@@ -101,7 +106,7 @@ def make_lens(
         probes.append(activation_probe(activations, windows, groups, normalise=normalise))
     if weights:
         probes.append(weight_probe(tuple(weights)))
-    sink = Sink(rows, "rows" if passes > 1 else "gram")
+    sink = Sink(rows * pieces, "rows" if passes > 1 else "gram")
     parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
     return Lens(
         tuple(probes),

@@ -49,7 +49,7 @@ def make_train_step(
     summaries (eigen="host", see `probes.spectra`) or spectra ("graph"); otherwise it is empty.
     metrics: loss, the global norms grad_norm, update_norm and param_norm (before the update), and
     finite; a step of which any of these is not finite leaves parameters and optimizer state as
-    they were.
+    they were. A step that measures a fixed probe set has probe_loss too, the mean over its samples.
     """
     if probe_data == "batch":
         _check_one_sweep(lens)
@@ -61,8 +61,9 @@ def make_train_step(
     def step(state: TrainState, batches, probe_batch, *, measure: bool):
         inside = lens if measure and probe_data == "batch" else blind
         loss, grads, measured = _accumulate(loss_fn, state.params, batches, inside)
+        seen = {}
         if measure and probe_data == "fixed":
-            measured, _ = measure_lens(loss_fn, lens, state.params, probe_batch)
+            measured, seen["probe_loss"] = measure_lens(loss_fn, lens, state.params, probe_batch)
         if eigen == "graph":
             measured = spectra(measured, jnp)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -75,7 +76,7 @@ def make_train_step(
         finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, metrics | {"finite": finite}, measured
+        return new, metrics | seen | {"finite": finite}, measured
 
     return step
 

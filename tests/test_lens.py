@@ -111,9 +111,15 @@ def test_one_backward_gives_the_singular_values_of_the_looped_gradients(problem,
 def test_windows_of_one_row_can_be_the_samples(problem):
     params, batch = problem
     flat = jax.tree.map(lambda leaf: leaf.reshape(1, SAMPLES * TOKENS, WIDTH), batch)
-    lens = make_lens(windows=SAMPLES, gradients=PATHS, route="one_backward")
-    cut, _ = measure_lens(small_loss, lens, params, ProbeBatch(flat))
-    rows, _ = measure_lens(small_loss, lens, params, ProbeBatch(batch))
+    cut, rows = (
+        measure_lens(
+            small_loss,
+            make_lens(windows=windows, gradients=PATHS, route="one_backward", pieces=pieces),
+            params,
+            ProbeBatch(data),
+        )[0]
+        for windows, pieces, data in ((1, SAMPLES, flat), (SAMPLES, 1, batch))
+    )
     for path in PATHS:
         np.testing.assert_allclose(cut[f"grad/{path}"], rows[f"grad/{path}"], rtol=1e-4, atol=1e-5)
 
@@ -341,6 +347,8 @@ def test_bad_requests_are_named(problem):
     lens = make_lens(windows=SAMPLES - 1, gradients=PATHS)
     with pytest.raises(ValueError, match="a pass of 8 rows, where the lens has 7 samples"):
         measure_lens(small_loss, lens, params, ProbeBatch(batch))
+    with pytest.raises(ValueError, match="pieces=2 of a row are samples to route='one_backward'"):
+        make_lens(windows=SAMPLES, pieces=2)
     with pytest.raises(ValueError, match="chunk=3 does not divide samples=8"):
         make_lens(windows=SAMPLES, chunk=3)
     with pytest.raises(ValueError, match="samples=9: give 1 to windows=8"):

@@ -1,0 +1,122 @@
+"""What a configuration measures: its lens, its probe set on the devices, and what records say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.config import RunConfig, probed_layers
+from experiments.data import token_hash
+from experiments.devices import place_rows
+from lens_jax.lens import Lens, ProbeBatch, make_lens
+from models.layers import layer_plan
+
+KEPT_GRADIENT_BYTES = 16 * 2**30  # of one sweep, where samples take several passes
+
+
+def run_lens(config: RunConfig) -> Lens:
+    """The probes of a configuration: activations of every layer, matrices of the probed ones.
+
+    A layer without attention has no matrices of attention to watch.
+    """
+    plan = layer_plan(config.arch, config.size.n_layer)
+    paths = tuple(
+        f"h_{layer}/{matrix.replace('.', '/')}/kernel"
+        for layer in probed_layers(config)
+        for matrix in config.probes.matrices
+        if plan[layer].attention or not matrix.startswith("attn.")
+    )
+    if config.probes.data == "batch":
+        windows = samples = config.rows_per_step
+        chunk = windows // config.accumulate
+    else:
+        windows, samples = config.probes.windows, config.probes.gradient_windows
+        chunk = config.probes.chunk
+    pieces = config.row // config.probes.window if config.probes.sample == "window" else 1
+    sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
+    names = config.probes.names
+    return make_lens(
+        windows=windows,
+        samples=samples,
+        chunk=chunk,
+        activations=sites if "activation" in names else (),
+        gradients=paths if "gradient" in names else (),
+        weights=paths if "weight" in names else (),
+        pieces=pieces if config.probes.data == "batch" else 1,
+        sweeps=config.probes.sweeps or _sweeps(config, paths),
+        route="one_backward",
+    )
+
+
+def _sweeps(config: RunConfig, paths: Sequence[str]) -> int:
+    """Visits of the probe set, so that the rows kept in one stay below KEPT_GRADIENT_BYTES.
+
+    A single pass keeps Gram matrices instead, and a training batch is visited but once.
+    """
+    samples = config.probes.gradient_windows
+    if config.probes.data == "batch" or samples <= config.probes.chunk:
+        return 1
+    squares = sum(4 if "/mlp/" in path else 1 for path in paths)  # kernels, in units of width^2
+    kept = 4 * samples * squares * config.size.n_embd**2
+    return max(1, min(len(paths), -(-kept // KEPT_GRADIENT_BYTES)))
+
+
+def with_window(batch: dict, mesh, window: int | None) -> dict:
+    """A batch {"tokens": (..., B, T+1)} with the attention window of every row, (..., B) int32.
+
+    Without a window (None) the batch as it is.
+    """
+    if window is None:
+        return batch
+    rows = batch["tokens"].shape[:-1]
+    return batch | {"window": place_rows(mesh, np.full(rows, window, np.int32), axis=len(rows) - 1)}
+
+
+def probe_at(probe_batch: ProbeBatch | None, mesh, window: int | None) -> ProbeBatch | None:
+    """The fixed probe set as a step with this attention window measures it."""
+    if probe_batch is None:
+        return None
+    samples, more = (
+        None if batch is None else with_window(batch, mesh, window) for batch in probe_batch
+    )
+    return ProbeBatch(samples, more)
+
+
+def place_probe_set(config: RunConfig, windows: np.ndarray, mesh) -> ProbeBatch:
+    """The fixed probe set (windows, T+1) on the devices, cut as the lens of `config` takes it."""
+    samples, rest = np.split(windows, [config.probes.gradient_windows])
+    samples = {"tokens": place_rows(mesh, samples, axis=0)}
+    if not len(rest):
+        return ProbeBatch(samples)
+    rest = rest.reshape(-1, config.probes.chunk, rest.shape[1])
+    return ProbeBatch(samples, {"tokens": place_rows(mesh, rest, axis=1)})
+
+
+def record_facts(config: RunConfig, windows: np.ndarray, lens: Lens, dtype) -> dict[str, Any]:
+    """What every record says of its measurement; windows: the fixed probe set, dtype: computed in.
+
+    act_windows windows of act_tokens tokens in all lie under the activations; a gradient sample is
+    sample_tokens long.
+    """
+    fixed = config.probes.data == "fixed"
+    row = config.probes.window if fixed else config.row
+    rows = config.probes.windows if fixed else config.rows_per_step
+    sample = config.probes.window if fixed or config.probes.sample == "window" else config.row
+    samples = config.probes.gradient_windows if fixed else rows * (row // sample)
+    return {
+        "rung": config.rung,
+        "tier": config.tier,
+        "profile": config.profile,
+        "batch": config.batch,
+        "seed": config.seed,
+        "width": config.size.n_embd,
+        "num_layers": config.size.n_layer,
+        "probe_data": config.probes.data,
+        "probe_hash": token_hash(windows) if fixed else None,
+        "gradient_samples": samples if lens.sweeps else 0,
+        "sample_tokens": sample,
+        "act_windows": rows,
+        "act_tokens": rows * row,
+        "dtype": np.dtype(dtype).name,
+        "eigen": config.probes.eigen,
+    }
