@@ -34,6 +34,10 @@ class DataConfig:
     probe_offset: int = chz.field(
         default=2**24, doc="where the fixed probe set begins in the validation stream"
     )
+    probe_spread: bool = chz.field(
+        default=False,
+        doc="probe windows at equal distances to the end of the validation text, not in one piece",
+    )
     corpus_vocab: int = chz.field(default=50_304, doc="byte-pair vocabulary of the corpus")
 
     @chz.validate

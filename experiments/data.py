@@ -238,13 +238,15 @@ def held_out(
     probe_offset: int,
     probe_windows: int,
     probe_window: int,
+    probe_spread: bool = False,
 ) -> HeldOut:
     """The validation rows and the fixed probe set, always the same tokens for the same arguments.
 
     Validation predicts the first `val_tokens` tokens after the very first of the validation
     stream (published: 10,485,760, ladder spec 7). The probe set begins at token `probe_offset` >=
-    val_tokens, so no token is predicted in both (protocol spec 1.9). The stream is the validation
-    shards one after another or, without any, the end of the last training shard.
+    val_tokens, so no token is predicted in both (protocol spec 1.9), and is one stretch of text or,
+    with probe_spread and validation shards, windows at equal distances to their end. The stream is
+    the validation shards one after another or, without any, the end of the last training shard.
     Raises UsageError when there are too few tokens.
     """
     if val_tokens < 1 or val_tokens % row or probe_offset < val_tokens:
@@ -253,7 +255,7 @@ def held_out(
             f"of the row of {row} tokens, and an offset not below it"
         )
     needed = max(val_tokens + 1, probe_offset + probe_windows * (probe_window + 1))
-    shards = [open_shard(path, files.vocab_size) for path in files.val or files.train[-1:]]
+    shards = _held_out_shards(files)
     available = sum(len(shard) for shard in shards)
     if available < needed:
         where = "validation shards hold" if files.val else "last training shard holds"
@@ -264,14 +266,34 @@ def held_out(
         )
     exclude = 0 if files.val else needed
     first = available - needed if exclude else 0
-    stream = _read_span(shards, first, needed)
+    stream = _read_span(shards, first, available if probe_spread and not exclude else needed)
     starts = np.arange(0, val_tokens, row)[:, None]
-    probe = stream[probe_offset:needed] if probe_windows else stream[:0]
     return HeldOut(
         val=stream[starts + np.arange(row + 1)],
-        probe=probe.reshape(probe_windows, probe_window + 1),
+        probe=cut_windows(stream[probe_offset:], probe_windows, probe_window + 1, probe_spread),
         exclude=exclude,
     )
+
+
+def cut_windows(stream: np.ndarray, count: int, length: int, spread: bool) -> np.ndarray:
+    """Windows (count, length) of a stream, one after another or at equal distances to its end."""
+    distance = max(length, len(stream) // max(1, count)) if spread else length
+    return stream[distance * np.arange(count)[:, None] + np.arange(length)]
+
+
+def _held_out_shards(files: TokenFiles) -> list[np.ndarray]:
+    return [open_shard(path, files.vocab_size) for path in files.val or files.train[-1:]]
+
+
+def held_out_stream(files: TokenFiles, held: HeldOut, most: int | None = None) -> np.ndarray:
+    """The first `most` tokens (None: all) of the validation stream; none of them is trained on.
+
+    Without validation shards that stream is the end that a run holds out, `held.exclude` tokens.
+    """
+    shards = _held_out_shards(files)
+    available = sum(len(shard) for shard in shards)
+    length = held.exclude or available
+    return _read_span(shards, available - length, length if most is None else min(length, most))
 
 
 def _read_span(shards: Sequence[np.ndarray], first: int, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a configuration measures: its lens, its probe set on the devices, and what records say."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,18 +14,36 @@ from models.layers import layer_plan
 KEPT_GRADIENT_BYTES = 16 * 2**30  # of one sweep, where samples take several passes
 
 
-def run_lens(config: RunConfig) -> Lens:
-    """The probes of a configuration: activations of every layer, matrices of the probed ones.
+class Places(NamedTuple):
+    """Where each probe of a configuration looks: taps, and paths of kernels twice."""
+
+    activation: tuple[str, ...]
+    gradient: tuple[str, ...]
+    weight: tuple[str, ...]
+
+
+def probed_places(config: RunConfig) -> Places:
+    """Activations of every layer, matrices of the probed ones; nothing for a probe that is off.
 
     A layer without attention has no matrices of attention to watch.
     """
     plan = layer_plan(config.arch, config.size.n_layer)
-    paths = tuple(
+    sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
+    kernels = tuple(
         f"h_{layer}/{matrix.replace('.', '/')}/kernel"
         for layer in probed_layers(config)
         for matrix in config.probes.matrices
         if plan[layer].attention or not matrix.startswith("attn.")
     )
+    found = Places(sites, kernels, kernels)
+    return Places(
+        *(part if name in config.probes.names else () for name, part in found._asdict().items())
+    )
+
+
+def run_lens(config: RunConfig) -> Lens:
+    """The lens of a configuration."""
+    places = probed_places(config)
     if config.probes.data == "batch":
         windows = samples = config.rows_per_step
         chunk = windows // config.accumulate
@@ -33,17 +51,15 @@ def run_lens(config: RunConfig) -> Lens:
         windows, samples = config.probes.windows, config.probes.gradient_windows
         chunk = config.probes.chunk
     pieces = config.row // config.probes.window if config.probes.sample == "window" else 1
-    sites = tuple(f"h_{layer}/resid_post" for layer in range(config.size.n_layer))
-    names = config.probes.names
     return make_lens(
         windows=windows,
         samples=samples,
         chunk=chunk,
-        activations=sites if "activation" in names else (),
-        gradients=paths if "gradient" in names else (),
-        weights=paths if "weight" in names else (),
+        activations=places.activation,
+        gradients=places.gradient,
+        weights=places.weight,
         pieces=pieces if config.probes.data == "batch" else 1,
-        sweeps=config.probes.sweeps or _sweeps(config, paths),
+        sweeps=config.probes.sweeps or _sweeps(config, places.gradient),
         route="one_backward",
     )
 

@@ -7,6 +7,7 @@ imports jax.
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import chz
@@ -55,6 +56,8 @@ def laptop(tier: str) -> dict[str, Any]:
         "checkpoint_every": 2**18,
         "data.val_tokens": 2**15,
         "data.probe_offset": 2**16,
+        # documents of the corpus are long: one piece of text would show the style of a few files
+        "data.probe_spread": True,
         "data.corpus_vocab": 1024,
         "probes.window": 128,
         "probes.windows": 128,
@@ -169,6 +172,19 @@ def from_flat(flat: Mapping[str, Any]) -> RunConfig:
         )
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in flat.items()}
     return build(RunConfig, [Layer("stored", values)])[0]
+
+
+def read_stored(folder: Path) -> RunConfig:
+    """The configuration of a run folder; raises UsageError where there is none."""
+    path = folder / "config.json"
+    try:
+        return from_flat(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot read {path.name} ({error.strerror}); give the folder of a run"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON ({error})") from None
 
 
 def run_name(config: RunConfig) -> str:

@@ -53,6 +53,7 @@ def hold_out(config: RunConfig, files: TokenFiles) -> HeldOut:
         probe_offset=config.data.probe_offset,
         probe_windows=config.probes.windows,
         probe_window=config.probes.window,
+        probe_spread=config.data.probe_spread,
     )
 
 

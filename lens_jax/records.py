@@ -71,6 +71,11 @@ class SpectrumRecord:
     meta: dict = field(repr=False)
 
 
+def step_path(folder: str | Path, step: int) -> Path:
+    """Where the record of a step lies."""
+    return Path(folder) / f"step_{step:08d}.npz"
+
+
 def write_step(folder: str | Path, step: int, arrays: Arrays, meta: Mapping) -> Path:
     """Writes one step's arrays and meta, atomically; float32 stays, other real dtypes widen.
 
@@ -91,7 +96,7 @@ def write_step(folder: str | Path, step: int, arrays: Arrays, meta: Mapping) -> 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:08d}.npz"
+    path = step_path(folder, step)
     # One fixed name per step: what a killed process left is overwritten, not collected.
     partial = folder / f".{path.name}.tmp"
     try:

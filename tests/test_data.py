@@ -199,9 +199,24 @@ def test_held_out_is_the_start_of_the_validation_shards(tmp_path):
     assert held.val.dtype == held.probe.dtype == np.int32
 
 
+def test_a_spread_probe_set_reaches_to_the_end_of_the_validation_shards(tmp_path):
+    held = held_out(make_files(tmp_path / "x", [50], [17, 100]), **HELD, probe_spread=True)
+    starts = 11 + 35 * np.arange(3)[:, None]  # 106 tokens behind the offset
+    np.testing.assert_array_equal(held.probe - 50, starts + np.arange(6))
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 9), st.integers(0, 3), st.booleans())
-def test_held_out_tokens_are_apart(tmp_path_factory, row, rows, gap, probe_windows, has_val):
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 9),
+    st.integers(0, 3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_held_out_tokens_are_apart(
+    tmp_path_factory, row, rows, gap, probe_windows, has_val, spread
+):
     val = [90] if has_val else []
     files = make_files(tmp_path_factory.mktemp("x"), [30, 120], val)
     held = held_out(
@@ -211,6 +226,7 @@ def test_held_out_tokens_are_apart(tmp_path_factory, row, rows, gap, probe_windo
         probe_offset=rows * row + gap,
         probe_windows=probe_windows,
         probe_window=7,
+        probe_spread=spread,
     )
     assert held.val.shape == (rows, row + 1)
     assert held.probe.shape == (probe_windows, 8)
