@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from experiments.atomic_files import write_json
 from experiments.checkpoints import Checkpoints
@@ -186,19 +183,16 @@ def _measure_all(instrument: Instrument, targets: list[Target]) -> None:
 
 def _print_results(folder: Path, steps: list[int], tier: str) -> None:
     """A line a checkpoint: loss, alpha and RankMe of the last layer with their errors."""
-    table = Table("step", "tokens", "probe loss", box=box.SIMPLE)
-    rows, site, window = [], None, None
-    for step in steps:
-        meta, arrays = read_step(step_path(folder, step))
-        site = site or max(
-            (name for name in arrays if name.startswith("act_cov_eigenvalues/")),
-            key=lambda name: int(name.split("/")[1].removeprefix("h_")),
-            default=None,
-        )
-        rows.append((meta, arrays))
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [read_step(step_path(folder, step)) for step in steps]
+    site = _last_site(rows[0][1])
     if site is None:
         print(f"records in {folder}")
         return
+    table = Table("step", "tokens", "probe loss", box=box.SIMPLE)
     window = next(iter(display_windows(tier, len(rows[0][1][site])).values()))
     layer = site.split("/")[1]
     table.add_column(f"alpha {window[0]}-{window[1]}, {layer}")
@@ -222,3 +216,9 @@ def _print_results(folder: Path, steps: list[int], tier: str) -> None:
         )
     Console().print(table)
     print(f"± is a jackknife error over groups of windows; records in {folder}")
+
+
+def _last_site(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Name of the activation eigenvalues of the last layer; None without activations."""
+    names = [name for name in arrays if name.startswith("act_cov_eigenvalues/")]
+    return max(names, key=lambda name: int(name.split("/")[1].removeprefix("h_")), default=None)

@@ -8,6 +8,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from lens_jax.saved_run import short_count
+
 INK, GRID, SHADE, FAINT = "#222222", "#e4e4e4", "#efe6d0", "#8c8c8c"
 BLUE, VERMILLION, SKY = "#0072B2", "#D55E00", "#56B4E9"
 LINES = (
@@ -19,6 +21,8 @@ LINES = (
     (SKY, "P"),
     ("#000000", "X"),
 )
+
+FLOOR = 1e-6  # of the largest value; what lies below is rounding of a float32 Gram matrix
 
 STYLE = {
     "font.size": 8.5,
@@ -46,14 +50,6 @@ STYLE = {
     "text.color": INK,
     "figure.facecolor": "white",
 }
-
-
-def short_count(value: float) -> str:
-    """Formats a count for people: 950, 16.4k, 8.2M, 1.05B."""
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 def not_measured(ax, reason: str = "not measured") -> None:
@@ -119,12 +115,35 @@ def rank_axes(ax, label: str) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
 
 
+def visible(values: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ranks and scaled values that a logarithmic axis can show."""
+    kept = values > FLOOR * values.max(initial=0.0)
+    return np.flatnonzero(kept) + 1, values[kept] / scale if scale > 0 else values[kept]
+
+
+def level(ax, value: float | None, text: str, x: float, side: str) -> None:
+    """Draws a labelled yardstick across the axes, nothing for None; the label stands at x."""
+    if value is not None:
+        ax.axhline(value, color=INK, lw=0.8, ls="--")
+        place = {"ha": side, "va": "bottom", "transform": ax.get_yaxis_transform()}
+        ax.text(x, value, f"{text} {value:.2f}", fontsize=7.5, **place)
+
+
 def legend_above_data(ax, num_lines: int, **kwargs) -> None:
     """Adds a legend at the top and makes room for its lines there, so that it covers nothing."""
     low, high = ax.get_ylim()
     share = 0.03 + 0.062 * num_lines
     ax.set_ylim(low, high + (high - low) * share / (1 - share))
     ax.legend(loc="upper left", borderaxespad=0.1, **kwargs)
+
+
+def band(ax, x, y, error, colour: str) -> None:
+    """Shades y - error to y + error; a single point, which has no band, gets a bar."""
+    x, y, error = (np.asarray(values, dtype=np.float64) for values in (x, y, error))
+    if x.size == 1:
+        ax.errorbar(x, y, error, color=colour, elinewidth=1)
+    else:
+        ax.fill_between(x, y - error, y + error, color=colour, alpha=0.22, lw=0)
 
 
 def line_handle(colour: str, style: str = "-", marker: str = "", label: str = "") -> Line2D:

@@ -5,16 +5,18 @@ A panel whose records are absent says so on its axes. A matrix has one colour on
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import NullLocator
 
 from lens_jax import axis_style as axes
 from lens_jax.axis_style import BLUE, FAINT, GRID, INK, LINES, SHADE, SKY, VERMILLION
-from lens_jax.fits import fit_power_law, rankme, rankme_sigma, topk_share
-from lens_jax.saved_run import SavedRun, display_windows, layer_name, site_name
+from lens_jax.fits import PowerLaw, fit_power_law, rankme, rankme_sigma, topk_share
+from lens_jax.jackknife import alpha_error, jackknife
+from lens_jax.saved_run import SavedRun, display_windows, layer_name, short_count, site_name
 
 MAX_CURVES = 24
-FLOOR = 1e-6  # of the largest value; what lies below is rounding of a float32 Gram matrix
 WEIGHT_RANGE = 300  # the last values of a square random matrix reach down to any depth
+RAISED = 2.0  # fitted lines beside a spectrum instead of on it
 
 ACTIVATION, LAST_TOKEN = "act_cov_eigenvalues", "act_last_cov_eigenvalues"
 GRADIENT, CENTRED = "grad_singular_values", "grad_singular_values_centred"
@@ -37,15 +39,15 @@ def loss(ax, run: SavedRun) -> None:
         label = f"validation, last {val['loss'][-1]:.3f}"
         ax.plot(val["tokens"], val["loss"], color=VERMILLION, marker=marker, label=label)
     # The curve is high on the left and low on the right: each label stands where it is not.
-    _level(ax, run.target_loss, "target", 0.01, "left")
-    _level(ax, run.fact("unigram_entropy"), "unigram entropy", 0.99, "right")
+    axes.level(ax, run.target_loss, "target", 0.01, "left")
+    axes.level(ax, run.fact("unigram_entropy"), "unigram entropy", 0.99, "right")
     ax.set_ylabel("loss (nats per token)")
     axes.token_axis(ax, run.token_counts())
     axes.legend_above_data(ax, 2)
 
 
 def activation_spectra(ax, run: SavedRun) -> None:
-    """Trace-normalised eigenvalues of the final layer over training, with the last fit."""
+    """Trace-normalised eigenvalues of the final layer over training, with the last fits."""
     site = run.final_site(ACTIVATION)
     records = run.records(ACTIVATION, site)
     ax.set_title(f"(b) Activation spectrum, {_layer(site)}")
@@ -56,12 +58,12 @@ def activation_spectra(ax, run: SavedRun) -> None:
     colours = ScalarMappable(norm, "viridis_r")
     for index in axes.spaced(len(records), MAX_CURVES):
         record = records[index]
-        rank, shares = _visible(record.values, record.values.sum())
+        rank, shares = axes.visible(record.values, record.values.sum())
         if record.tokens > 0:
             ax.plot(rank, shares, color=colours.to_rgba(record.tokens), lw=1.2)
         else:
             ax.plot(rank, shares, color=FAINT, ls=":", label="step 0")
-    _draw_fit(ax, records[-1].values, _windows(run, records[-1].values.size)[0][1])
+    _draw_fits(ax, run, site)
     axes.rank_axes(ax, f"eigenvalue / trace, {site_name(site)}")
     if any(tokens):
         bar = ax.figure.colorbar(colours, ax=ax, pad=0.015, aspect=28)
@@ -79,14 +81,18 @@ def tail_exponents(ax, run: SavedRun) -> None:
     if not records:
         return axes.not_measured(ax)
     tokens = [record.tokens for record in records]
-    windows = sorted(_windows(run, records[-1].values.size)[-3:], key=lambda item: item[1])
-    for (name, window), (colour, marker) in zip(windows, LINES, strict=False):
-        marker = axes.marker(marker, len(records))
+    for name, window, colour, shape in _tail_windows(run, records[-1].values.size):
         fits = [fit_power_law(record.values, *window) for record in records]
-        label = _window_label(name, window)
-        alphas, errors = [fit.alpha for fit in fits], [fit.se for fit in fits]
-        ax.errorbar(tokens, alphas, errors, color=colour, marker=marker, elinewidth=1, label=label)
-    ax.set_ylabel(r"$\alpha$, with standard error")
+        alphas, label = [fit.alpha for fit in fits], _window_label(name, window)
+        line = {"color": colour, "marker": axes.marker(shape, len(records)), "label": label}
+        if has_jackknife(run, site):
+            ax.plot(tokens, alphas, **line)
+            errors = _errors(run, site, lambda left_out, w=window: alpha_error(left_out, *w))
+            axes.band(ax, tokens, alphas, errors, colour)
+        else:
+            ax.errorbar(tokens, alphas, [fit.se for fit in fits], elinewidth=1, **line)
+    bars = "band: jackknife s.e." if has_jackknife(run, site) else "bars: s.e. of the OLS slope"
+    ax.set_ylabel(rf"$\alpha$ of eigenvalues  ({bars})")
     axes.token_axis(ax, run.measured_tokens())
     axes.legend_above_data(ax, 3)
 
@@ -109,9 +115,13 @@ def rankme_trajectories(ax, run: SavedRun) -> None:
             tokens = [record.tokens for record in records]
             marker = axes.marker(marker, len(records))
             ax.plot(tokens, values, color=colour, marker=marker, label=label)
+        if records and kind == ACTIVATION and has_jackknife(run, site):
+            errors = _errors(run, site, lambda left_out, s=statistic: jackknife(s, left_out))
+            axes.band(ax, tokens, values, errors, colour)
     if not width:
         return axes.not_measured(ax)
-    ax.set_ylabel(f"RankMe (directions, of {width})")
+    bars = "band: jackknife s.e." if has_jackknife(run, site) else "no error bars"
+    ax.set_ylabel(f"directions, of {width}  ({bars})")
     axes.token_axis(ax, run.measured_tokens())
     axes.legend_above_data(ax, 3)
 
@@ -130,8 +140,8 @@ def gradient_spectra(ax, run: SavedRun) -> None:
         centred = run.records(CENTRED, site)
         if centred and centred[-1].step == record.step:
             nonzero = centred[-1].values[:-1]  # N rows minus their mean have rank N - 1
-            ax.plot(*_visible(nonzero, largest), color=colour, lw=1.6)
-        ax.plot(*_visible(record.values, largest), color=colour, lw=1.1, ls="--")
+            ax.plot(*axes.visible(nonzero, largest), color=colour, lw=1.6)
+        ax.plot(*axes.visible(record.values, largest), color=colour, lw=1.1, ls="--")
     ax.set_title(f"(e) Gradient spectrum, {_layer(*sites.values())}")
     if not drawn:
         return axes.not_measured(ax, "all zero" if sites else "not measured")
@@ -169,28 +179,23 @@ def gradient_concentration(ax, run: SavedRun) -> None:
 
 def layer_heat_map(ax, run: SavedRun) -> None:
     """Alpha of the main rank window for every measured layer and step."""
-    sites = run.layers(ACTIVATION)
     ax.set_title(r"(g) Exponent $\alpha$ of activations by layer")
-    if not sites:
+    site = run.final_site(ACTIVATION)
+    if site is None:
         return axes.not_measured(ax)
-    name, window = _windows(run, run.records(ACTIVATION, sites[-1])[-1].values.size)[0]
-    tokens = {r.step: r.tokens for site in sites for r in run.records(ACTIVATION, site)}
-    steps = sorted(tokens)
-    alphas = np.full((len(sites), len(steps)), np.nan)
-    for row, site in enumerate(sites):
-        for record in run.records(ACTIVATION, site):
-            fit = fit_power_law(record.values, *window)
-            alphas[row, steps.index(record.step)] = fit.alpha
-    ax.set_facecolor(GRID)  # shows where there is no fit
-    ax.grid(False)
-    mesh = ax.pcolormesh(np.ma.masked_invalid(alphas), cmap="cividis")
-    columns, rows = axes.strided(len(steps), 5), axes.strided(len(sites), 12)
-    ax.set_xticks(columns + 0.5, [axes.short_count(tokens[steps[i]]) for i in columns])
-    ax.set_yticks(rows + 0.5, [layer_name(sites[i]) for i in rows])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("training tokens (a column per measurement)")
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=28)
-    bar.set_label(rf"$\alpha$, {_window_label(name, window)}")
+    name, window = _windows(run, run.records(ACTIVATION, site)[-1].values.size)[0]
+    label = rf"$\alpha$, {_window_label(name, window)}"
+    _draw_heat_map(ax, run, lambda values: fit_power_law(values, *window).alpha, label)
+
+
+def rankme_heat_map(ax, run: SavedRun) -> None:
+    """RankMe of the eigenvalues for every measured layer and step."""
+    ax.set_title(r"(i) RankMe$_\lambda$ of activations by layer")
+    site = run.final_site(ACTIVATION)
+    if site is None:
+        return axes.not_measured(ax)
+    width = run.records(ACTIVATION, site)[-1].values.size
+    _draw_heat_map(ax, run, rankme, rf"RankMe$_\lambda$ (directions, of {width})")
 
 
 def weight_spectra(ax, run: SavedRun) -> None:
@@ -203,10 +208,10 @@ def weight_spectra(ax, run: SavedRun) -> None:
         first, last = records[0].values, records[-1].values
         if len(records) > 1 and first.max(initial=0.0) > 0:
             has_first = True
-            ax.plot(*_visible(first, 1.0), color=colour, ls=":", lw=1.1)
+            ax.plot(*axes.visible(first, 1.0), color=colour, ls=":", lw=1.1)
         if last.max(initial=0.0) > 0:
             drawn.append(name)
-            ax.plot(*_visible(last, 1.0), color=colour)
+            ax.plot(*axes.visible(last, 1.0), color=colour)
     ax.set_title(f"(h) Weight spectrum, {_layer(*sites.values())}")
     if not drawn:
         return axes.not_measured(ax, "all zero" if sites else "not measured")
@@ -230,22 +235,14 @@ PANELS = (
 )
 
 
+def has_jackknife(run: SavedRun, site: str | None) -> bool:
+    """Tells whether a site's activations were measured in groups, so that errors are known."""
+    return bool(run.left_out(ACTIVATION, site))
+
+
 def _finite(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     kept = np.isfinite(rows["loss"])
     return {name: values[kept] for name, values in rows.items()}
-
-
-def _level(ax, value: float | None, text: str, x: float, side: str) -> None:
-    if value is not None:
-        ax.axhline(value, color=INK, lw=0.8, ls="--")
-        place = {"ha": side, "va": "bottom", "transform": ax.get_yaxis_transform()}
-        ax.text(x, value, f"{text} {value:.2f}", fontsize=7.5, **place)
-
-
-def _visible(values: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ranks and scaled values that a logarithmic axis can show."""
-    kept = values > FLOOR * values.max(initial=0.0)
-    return np.flatnonzero(kept) + 1, values[kept] / scale if scale > 0 else values[kept]
 
 
 def _windows(run: SavedRun, width: int) -> list[tuple[str, tuple[int, int]]]:
@@ -257,18 +254,69 @@ def _window_label(name: str, window: tuple[int, int]) -> str:
     return f"ranks {ranks}" if ranks == name else f"ranks {ranks} ({name} scaled)"
 
 
-def _draw_fit(ax, values: np.ndarray, window: tuple[int, int]) -> None:
-    """Shades the window and draws its power law through the trace-normalised values."""
-    fit = fit_power_law(values, *window)
+def _tail_windows(run: SavedRun, width: int) -> list[tuple[str, tuple[int, int], str, str]]:
+    """Returns (published name, window, colour, marker) of three windows, low ranks first."""
+    windows = sorted(_windows(run, width)[-3:], key=lambda item: item[1])
+    return [(*window, *line) for window, line in zip(windows, LINES, strict=False)]
+
+
+def _errors(run: SavedRun, site: str, error) -> list[float]:
+    """Returns a jackknife standard error a record; NaN at steps without left-out spectra."""
+    left_out = run.left_out(ACTIVATION, site)
+    steps = [record.step for record in run.records(ACTIVATION, site)]
+    return [error(left_out[step]) if step in left_out else np.nan for step in steps]
+
+
+def _draw_fits(ax, run: SavedRun, site: str) -> None:
+    """Draws the last power laws: the main window's on its shade, the tails' above the spectrum."""
+    record = run.records(ACTIVATION, site)[-1]
+    halo = [Stroke(linewidth=4.5, foreground="white"), Normal()]
+    label = "last fits of (c), raised"
+    for _, window, colour, _ in _tail_windows(run, record.values.size):
+        rank, line = _fit_line(record.values, fit_power_law(record.values, *window))
+        ax.plot(rank, RAISED * line, color=colour, lw=2, path_effects=halo, label=label)
+        label = None
+    fit = fit_power_law(record.values, *_windows(run, record.values.size)[0][1])
     ax.axvspan(fit.first, fit.last, color=SHADE, zorder=0, lw=0)
     if not np.isfinite(fit.alpha):
         return
+    left_out = run.left_out(ACTIVATION, site).get(record.step)
+    error = fit.se if left_out is None else alpha_error(left_out, fit.first, fit.last)
+    ranks, bars = f"ranks {fit.first}-{fit.last}", " (OLS)" if left_out is None else ""
+    label = rf"last $\alpha$ = {fit.alpha:.2f} $\pm$ {error:.2f}{bars}, {ranks}"
+    ax.plot(*_fit_line(record.values, fit), color=INK, label=label, lw=2.2, ls=(0, (2, 1.2)))
+
+
+def _fit_line(values: np.ndarray, fit: PowerLaw) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ranks of a fit and its line in shares of the trace; nothing without a fit."""
+    if not np.isfinite(fit.alpha):
+        return np.array([]), np.array([])
     rank = np.arange(fit.first, fit.last + 1)
     usable = values[rank - 1] > 0
     height = np.log(values[rank - 1][usable] / values.sum()).mean()
-    line = np.exp(height - fit.alpha * (np.log(rank) - np.log(rank[usable]).mean()))
-    label = rf"last $\alpha$ = {fit.alpha:.2f} $\pm$ {fit.se:.2f}, ranks {fit.first}-{fit.last}"
-    ax.plot(rank, line, color=VERMILLION, lw=2.2, ls=(0, (2, 1.2)), label=label)
+    return rank, np.exp(height - fit.alpha * (np.log(rank) - np.log(rank[usable]).mean()))
+
+
+def _draw_heat_map(ax, run: SavedRun, statistic, label: str) -> None:
+    """Draws a statistic of the activations, a row a layer and a column a step."""
+    sites = run.layers(ACTIVATION)
+    tokens = {r.step: r.tokens for site in sites for r in run.records(ACTIVATION, site)}
+    steps = sorted(tokens)
+    numbers = np.full((len(sites), len(steps)), np.nan)
+    for row, site in enumerate(sites):
+        for record in run.records(ACTIVATION, site):
+            numbers[row, steps.index(record.step)] = statistic(record.values)
+    ax.set_facecolor(GRID)  # shows where there is none
+    ax.grid(False)
+    # Edges of the cells' own colours, or a vector picture has hairlines between them.
+    cells = {"cmap": "cividis", "edgecolors": "face", "linewidth": 0.3}
+    mesh = ax.pcolormesh(np.ma.masked_invalid(numbers), **cells)
+    columns, rows = axes.strided(len(steps), 5), axes.strided(len(sites), 12)
+    ax.set_xticks(columns + 0.5, [short_count(tokens[steps[i]]) for i in columns])
+    ax.set_yticks(rows + 0.5, [layer_name(sites[i]) for i in rows])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("training tokens (a column per measurement)")
+    ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=28).set_label(label)
 
 
 def _matrix_line(run: SavedRun, name: str) -> tuple[str, str]:
@@ -297,4 +345,4 @@ def _layer(*sites: str | None) -> str:
 
 def _when(run: SavedRun, kind: str, sites: dict[str, str]) -> str:
     last = max(run.records(kind, site)[-1].tokens for site in sites.values())
-    return f"at {axes.short_count(last)} tokens"
+    return f"at {short_count(last)} tokens"

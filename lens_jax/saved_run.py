@@ -1,6 +1,7 @@
 """A finished or running run as its folder tells it: config.json, metrics.jsonl and spectra/.
 
-Every part may be missing; what is there is read once and checked. No jax, no matplotlib.
+Every part may be missing; what is there is read once and checked. `headline` and `conditions` name
+a run in words, and the rank windows of its page are chosen here. No jax, no matplotlib.
 """
 
 import json
@@ -15,6 +16,9 @@ from lens_jax.records import SpectrumRecord, read_records
 
 _LAYER = re.compile(r"^(.*?\d+)[/.](.*)$")
 _DEEP_TIERS = ("d36", "d48")
+
+REFERENCE_SAMPLES = 512
+"""Gradient samples, and so values of a gradient spectrum, with which its window was published."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class SavedRun:
 
     def sites(self, kind: str) -> list[str]:
         """Returns the sites of a kind, shallow to deep, a layer's output after its parts."""
-        return sorted(self.spectra.get(kind, {}), key=_depth)
+        return sorted(self.spectra.get(kind, {}), key=depth)
 
     def final_site(self, kind: str) -> str | None:
         """Returns the site of the deepest layer, None where the kind was not measured."""
@@ -81,6 +85,11 @@ class SavedRun:
         """Returns the records of one kind and site by step; empty where there are none."""
         return self.spectra.get(kind, {}).get(site, [])
 
+    def left_out(self, kind: str, site: str | None) -> dict[int, np.ndarray]:
+        """Returns {step: replicates (G, ...)} with a group left out, of steps cut into groups."""
+        records = self.records(f"{kind}_left_out", site)
+        return {r.step: r.values for r in records if len(r.values) > 1}
+
 
 def layer_name(site: str) -> str:
     """Returns the layer of a site, `h_11` of `h_11/attn/c_proj/kernel`; the site if it has none."""
@@ -94,7 +103,8 @@ def site_name(site: str) -> str:
     return (match[2] if match else site).removesuffix("/kernel").replace("/", ".")
 
 
-def _depth(site: str) -> tuple:
+def depth(site: str) -> tuple:
+    """Returns the key that sorts sites shallow to deep, a layer's output after its parts."""
     parts = [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", layer_name(site))]
     return layer_name(site) != site, parts, site_name(site) == "resid_post", site
 
@@ -114,6 +124,78 @@ def display_windows(tier: str | None, width: int) -> dict[str, tuple[int, int]]:
             (first, last) if width >= REFERENCE_WIDTH else scale_ranks(first, last, width)
         )
     return windows
+
+
+def weight_window(count: int) -> tuple[int, int]:
+    """Returns the rank window of `count` singular values of a weight: 30-150, scaled below 768.
+
+    The released code fits weights and gradients there in every tier (protocol spec 1.5).
+    """
+    first, last = PAPER_WINDOWS["default"]
+    return (first, last) if count >= REFERENCE_WIDTH else scale_ranks(first, last, max(count, 3))
+
+
+def gradient_window(samples: int) -> tuple[int, int]:
+    """Returns the rank window of the gradients of `samples` samples: 30-150, scaled below 512.
+
+    A gradient spectrum is as long as there are samples, whatever the width, so its ranks go with
+    their number.
+    """
+    first, last = PAPER_WINDOWS["default"]
+    if samples >= REFERENCE_SAMPLES:
+        return first, last
+    return scale_ranks(first, last, max(samples * REFERENCE_WIDTH // REFERENCE_SAMPLES, 3))
+
+
+def short_count(value: float) -> str:
+    """Formats a count for people: 950, 16.4k, 8.2M, 1.05B."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def headline(run: SavedRun) -> list[str]:
+    """Returns what names the run: rung, tier, profile, tokens, validation loss, seed, probes."""
+    words = [str(fact) for name in ("rung", "tier") if (fact := run.fact(name))]
+    words = words or [run.path.resolve().name]
+    if run.fact("profile"):
+        words.append(f"{run.fact('profile')} profile")
+    if run.token_counts().size:
+        words.append(f"{short_count(run.token_counts().max())} tokens")
+    if run.val["loss"].size:
+        words.append(f"val loss {run.val['loss'][-1]:.3f}")
+    words += [
+        f"{name} {fact}" for name in ("batch", "seed") if (fact := run.fact(name)) is not None
+    ]
+    if (run.path / "nonfinite.json").is_file():
+        words.append("STOPPED: not finite")
+    if "probe_data" in run.meta:
+        probe = {"fixed": "fixed probe set", "batch": "probes on training batches"}
+        words.append(probe.get(run.meta["probe_data"], str(run.meta["probe_data"])))
+    return words
+
+
+def conditions(run: SavedRun) -> list[str]:
+    """Returns what the numbers depend on: probe sizes, rank windows, what alpha is."""
+    meta, words = run.meta, []
+    if not meta:
+        return ["no spectra in this folder"]
+    if "gradient_samples" in meta and "sample_tokens" in meta:
+        samples, length = meta["gradient_samples"], meta["sample_tokens"]
+        words.append(f"gradients: N = {samples} samples of T = {length} tokens")
+    if "act_tokens" in meta:
+        words.append(f"activations: {meta['act_tokens']:,} tokens")
+    if "probe_hash" in meta:
+        words.append(f"probe set {str(meta['probe_hash'])[:12]}")
+    if "width" in meta:
+        windows = display_windows(run.fact("tier"), int(meta["width"]))
+        used = ", ".join(f"{first}-{last}" for first, last in windows.values())
+        published = ", ".join(windows)
+        scaled = "" if used == published else f" ({published} at width {REFERENCE_WIDTH})"
+        words.append(f"width {meta['width']}, rank windows {used}{scaled}")
+    words.append("alpha = minus the OLS slope of ln eigenvalue on ln rank")
+    return words
 
 
 def read_run(folder: str | Path) -> SavedRun:

@@ -1,32 +1,39 @@
-"""Draws a run folder on one page: `python -m lens_jax.show RUN [out=FILE]`.
+"""Draws a run folder on one page or as a report: `python -m lens_jax.show RUN [out=FILE]`.
 
 Reads config.json, metrics.jsonl and spectra/ only; needs neither an accelerator nor jax.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from lens_jax.saved_run import SavedRun, display_windows, read_run
+from lens_jax.saved_run import SavedRun, conditions, headline, read_run
 
 USAGE = """usage: python -m lens_jax.show RUN [out=FILE]
 
-Draws the run folder RUN on one page: loss, activation, gradient and weight spectra,
-alpha and RankMe over training. Parts that were not measured are left blank.
+Draws the run folder RUN: loss, activation, gradient and weight spectra, alpha and RankMe
+over training with error bars. Parts that were not measured are left blank.
 
   RUN       folder with metrics.jsonl and/or spectra/ (and config.json)
-  out=FILE  page to write, .png, .pdf or .svg   [RUN/summary.png]
+  out=FILE  what to write, by its ending   [RUN/summary.png]
+            .png .pdf .svg  all figures on one page
+            .html           a report that stands alone: the figures, large and small screens,
+                            and a sortable table of every statistic
+            .csv            that table, a row per step and site
 """
-FORMATS = (".png", ".pdf", ".svg")
+PICTURES = (".png", ".pdf", ".svg")
+FORMATS = (*PICTURES, ".html", ".csv")
 INCHES, DPI = (16.0, 9.0), 120
 
 
 def draw_run(run_folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draws a run folder on one page of 16 x 9 inches and returns the file, replaced whole.
+    """Draws a run folder and returns the file, replaced whole.
 
-    `out` is by default `summary.png` in the folder. Raises ValueError with one line for a folder
-    that is no run, a damaged file in it, or an `out` that is no .png, .pdf or .svg in a folder
-    that exists.
+    `out` is by default `summary.png` in the folder. Its ending chooses: .png, .pdf and .svg are
+    one page of 16 x 9 inches, .html is the report of `lens_jax.report`, .csv the table of
+    `lens_jax.table`. Raises ValueError with one line for a folder that is no run, a damaged file
+    in it, or an `out` of another ending or in a folder that does not exist.
     """
     run_folder = Path(run_folder)
     out = run_folder / "summary.png" if out is None else Path(out)
@@ -35,7 +42,21 @@ def draw_run(run_folder: str | Path, out: str | Path | None = None) -> Path:
     run = read_run(run_folder)
     if not out.parent.is_dir():
         raise ValueError(f"out={out}: no such folder {out.parent}")
+    write = {".html": _write_report, ".csv": _write_table}.get(out.suffix, _draw_page)
+    _replace(out, lambda partial: write(run, partial, out.suffix[1:]))
+    return out
 
+
+def _replace(out: Path, write: Callable[[Path], None]) -> None:
+    partial = out.with_name(f".{out.name}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _draw_page(run: SavedRun, path: Path, kind: str) -> None:
     # Matplotlib takes half a second, and only drawing needs it. Figure and canvas are made by hand,
     # so that a training process is left without pyplot's global figures and backend.
     from matplotlib import rc_context
@@ -50,62 +71,23 @@ def draw_run(run_folder: str | Path, out: str | Path | None = None) -> Path:
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.09, h_pad=0.06, wspace=0.02, hspace=0.02)
         head, body = figure.subfigures(2, 1, height_ratios=(0.07, 1.0))
-        head.text(0.006, 0.82, _headline(run), fontsize=13, weight="bold", va="top")
-        head.text(0.006, 0.28, _conditions(run), fontsize=8.5, va="top")
+        head.text(0.006, 0.82, "  |  ".join(headline(run)), fontsize=13, weight="bold", va="top")
+        head.text(0.006, 0.28, "   ".join(conditions(run)), fontsize=8.5, va="top")
         for ax, panel in zip(body.subplots(2, 4).flat, PANELS, strict=True):
             panel(ax, run)
-        partial = out.with_name(f".{out.name}.tmp")
-        try:
-            figure.savefig(partial, format=out.suffix[1:])
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
-    return out
+        figure.savefig(path, format=kind)
 
 
-def _headline(run: SavedRun) -> str:
-    """One line that names the run: rung, tier, profile, tokens, validation loss, seed, probes."""
-    from lens_jax.axis_style import short_count
+def _write_report(run: SavedRun, path: Path, kind: str) -> None:
+    from lens_jax.report import report
 
-    words = [str(fact) for name in ("rung", "tier") if (fact := run.fact(name))]
-    words = words or [run.path.resolve().name]
-    if run.fact("profile"):
-        words.append(f"{run.fact('profile')} profile")
-    if run.token_counts().size:
-        words.append(f"{short_count(run.token_counts().max())} tokens")
-    if run.val["loss"].size:
-        words.append(f"val loss {run.val['loss'][-1]:.3f}")
-    words += [
-        f"{name} {fact}" for name in ("batch", "seed") if (fact := run.fact(name)) is not None
-    ]
-    if (run.path / "nonfinite.json").is_file():
-        words.append("STOPPED: not finite")
-    if "probe_data" in run.meta:
-        probe = {"fixed": "fixed probe set", "batch": "probes on training batches"}
-        words.append(probe.get(run.meta["probe_data"], str(run.meta["probe_data"])))
-    return "  |  ".join(words)
+    path.write_text(report(run), encoding="utf-8")
 
 
-def _conditions(run: SavedRun) -> str:
-    """One line with what the numbers depend on: probe sizes, rank windows, what alpha is."""
-    meta, words = run.meta, []
-    if not meta:
-        return "no spectra in this folder"
-    if "gradient_samples" in meta and "sample_tokens" in meta:
-        samples, length = meta["gradient_samples"], meta["sample_tokens"]
-        words.append(f"gradients: N = {samples} samples of T = {length} tokens")
-    if "act_tokens" in meta:
-        words.append(f"activations: {meta['act_tokens']:,} tokens")
-    if "probe_hash" in meta:
-        words.append(f"probe set {str(meta['probe_hash'])[:12]}")
-    if "width" in meta:
-        windows = display_windows(run.fact("tier"), int(meta["width"]))
-        used = ", ".join(f"{first}-{last}" for first, last in windows.values())
-        published = ", ".join(windows)
-        scaled = "" if used == published else f" ({published} at width 768)"
-        words.append(f"width {meta['width']}, rank windows {used}{scaled}")
-    words.append("alpha = minus the OLS slope of ln eigenvalue on ln rank")
-    return "   ".join(words)
+def _write_table(run: SavedRun, path: Path, kind: str) -> None:
+    from lens_jax.table import write_csv
+
+    write_csv(run, path)
 
 
 def main(arguments: list[str]) -> int:

@@ -22,16 +22,32 @@ def activation_eigenvalues(rng, width, progress, layer):
     return np.sort(values / values.sum())[::-1] * width
 
 
+def leading_eigenvectors(rng, width, progress):
+    """Ten orthonormal columns that turn from one random frame towards another."""
+    start, end = (np.linalg.qr(rng.normal(size=(width, min(10, width))))[0] for _ in range(2))
+    return np.linalg.qr((1 - progress) * start + progress * end)[0].astype(np.float32)
+
+
+def replicates(rng, values, groups, count=None):
+    """Values with one of `groups` groups left out: (groups, ...), each near the whole, float32."""
+    values = values[:count] if values.ndim else values
+    noisy = values[None] * np.exp(0.3 / groups * rng.normal(size=(groups, *values.shape)))
+    return (np.sort(noisy, axis=-1)[:, ::-1] if values.ndim else noisy).astype(np.float32)
+
+
 def gradient_spectra(rng, num_samples, size, progress, alpha):
-    """Uncentred and centred singular values of samples = mean + power-law noise; zeros at 0."""
+    """Uncentred and centred singular values and the squared norm of the mean of N samples.
+
+    The samples are a mean and power-law noise; all is zero at the start.
+    """
     if progress == 0:
-        return np.zeros(num_samples), np.zeros(num_samples)
+        return np.zeros(num_samples), np.zeros(num_samples), np.zeros(())
     scales = np.arange(1, size + 1) ** -(alpha + 0.25 * progress)
     samples = rng.normal(size=(num_samples, size)) * scales
     samples += (1 - 0.6 * progress) * scales * rng.normal(size=size)
     uncentred = np.linalg.svd(samples, compute_uv=False)
     centred = np.linalg.svd(samples - samples.mean(axis=0), compute_uv=False)
-    return 1e-2 * uncentred, 1e-2 * centred
+    return 1e-2 * uncentred, 1e-2 * centred, np.asarray(1e-4 * np.sum(samples.mean(axis=0) ** 2))
 
 
 def weight_singular_values(rng, width, progress, spikes):
@@ -42,10 +58,21 @@ def weight_singular_values(rng, width, progress, spikes):
     return np.linalg.svd(weight + (left * growth) @ right.T, compute_uv=False)
 
 
-def make_run(folder, *, width=96, num_layers=12, num_samples=64, steps=STEPS, seed=0, leave_out=()):
+def make_run(
+    folder,
+    *,
+    width=96,
+    num_layers=12,
+    num_samples=64,
+    steps=STEPS,
+    groups=8,
+    seed=0,
+    leave_out=(),
+):
     """Writes config.json, metrics.jsonl and spectra/ below `folder`; returns it.
 
-    `leave_out` names record kinds, or "config", "metrics", "spectra", that are not written.
+    groups: of the measurements, 1 for none. `leave_out` names record kinds, or "config", "metrics",
+    "spectra", that are not written.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +85,7 @@ def make_run(folder, *, width=96, num_layers=12, num_samples=64, steps=STEPS, se
         (folder / "metrics.jsonl").write_text("".join(_metrics_lines(rng, last)))
     if "spectra" not in leave_out:
         for step in steps:
-            arrays = _arrays(rng, width, num_layers, num_samples, step / last)
+            arrays = _arrays(rng, width, num_layers, num_samples, groups, step / last)
             arrays = {k: v for k, v in arrays.items() if k.partition("/")[0] not in leave_out}
             write_step(
                 folder / "spectra", step, arrays, _meta(step, width, num_layers, num_samples)
@@ -79,7 +106,7 @@ def _metrics_lines(rng, last):
             yield json.dumps(row | {"grad_norm": 1.0, "lr_matrix": 0.02}) + "\n"
 
 
-def _arrays(rng, width, num_layers, num_samples, progress):
+def _arrays(rng, width, num_layers, num_samples, groups, progress):
     arrays = {}
     for layer in range(num_layers):
         site = f"h_{layer}/resid_post"
@@ -87,17 +114,34 @@ def _arrays(rng, width, num_layers, num_samples, progress):
         last_token = activation_eigenvalues(rng, width, min(1, progress * 1.3), layer + 2)
         arrays[f"act_last_cov_eigenvalues/{site}"] = last_token
         arrays[f"act_mean_sq/{site}"] = np.array(width * 0.1)
+        turning = np.random.default_rng(layer)  # the same frames at every step
+        arrays[f"act_cov_eigenvectors/{site}"] = leading_eigenvectors(turning, width, progress)
     for layer in (layer for layer in PROBED_LAYERS if layer < num_layers):
         for index, matrix in enumerate(MATRICES):
             path = f"h_{layer}/{matrix}/kernel"
-            uncentred, centred = gradient_spectra(
+            uncentred, centred, mean_sq = gradient_spectra(
                 rng, num_samples, 4 * width, progress, 0.25 + 0.17 * index
             )
             arrays[f"grad_singular_values/{path}"] = uncentred
             arrays[f"grad_singular_values_centred/{path}"] = centred
+            arrays[f"grad_mean_sq/{path}"] = mean_sq
             weight = weight_singular_values(rng, width, progress, 2 + 2 * index)
             arrays[f"weight_singular_values/{path}"] = weight
-    return arrays
+    return arrays | (_with_a_part_left_out(rng, arrays, groups) if groups > 1 else {})
+
+
+def _with_a_part_left_out(rng, arrays, groups):
+    found = {}
+    for name, values in arrays.items():
+        kind, _, site = name.partition("/")
+        if kind == "act_cov_eigenvalues":
+            found[f"{kind}_halves/{site}"] = replicates(rng, values, 2)
+        if kind in ("act_cov_eigenvalues", "grad_mean_sq"):
+            found[f"{kind}_left_out/{site}"] = replicates(rng, values, groups)
+        if kind.startswith("grad_singular_values"):
+            kept = len(values) - len(values) // groups
+            found[f"{kind}_left_out/{site}"] = replicates(rng, values, groups, kept)
+    return found
 
 
 def _meta(step, width, num_layers, num_samples):

@@ -12,11 +12,13 @@ from synthetic_run import make_run
 
 from lens_jax import axis_style, panels
 from lens_jax.fits import fit_power_law, rankme, topk_share
+from lens_jax.jackknife import alpha_error, jackknife
 from lens_jax.records import write_step
 from lens_jax.saved_run import display_windows, layer_name, read_run, site_name
 from lens_jax.show import draw_run, main
 
 SMALL = {"width": 24, "num_layers": 4, "num_samples": 24, "steps": (0, 1, 2, 8)}
+ALL_PANELS = (*panels.PANELS, panels.rankme_heat_map)
 KINDS = (panels.ACTIVATION, panels.LAST_TOKEN, panels.GRADIENT, panels.CENTRED, panels.WEIGHT)
 
 
@@ -54,14 +56,14 @@ def test_page_with_missing_parts(tmp_path, leave_out):
     assert draw_run(folder, tmp_path / "page.png").stat().st_size > 20_000
 
 
-@pytest.mark.parametrize("panel", panels.PANELS)
+@pytest.mark.parametrize("panel", ALL_PANELS)
 def test_every_panel_says_what_was_not_measured(tmp_path, panel):
     folder = make_run(tmp_path / "none", **SMALL, leave_out=("config", *KINDS))
     (folder / "metrics.jsonl").write_text("")
     assert all_text(draw_panel(panel, read_run(folder))) == ["not measured"]
 
 
-@pytest.mark.parametrize("panel", panels.PANELS)
+@pytest.mark.parametrize("panel", ALL_PANELS)
 @pytest.mark.parametrize("steps", [(0,), (0, 1), (3,)])
 def test_every_panel_draws_short_runs(tmp_path, panel, steps):
     folder = make_run(tmp_path / "short", **SMALL | {"steps": steps})
@@ -72,11 +74,12 @@ def test_every_panel_draws_short_runs(tmp_path, panel, steps):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("panel", panels.PANELS)
+@pytest.mark.parametrize("panel", ALL_PANELS)
 def test_panels_survive_spectra_that_are_not_finite(tmp_path, panel):
     folder = make_run(tmp_path / "bad", **SMALL)
     arrays = {f"{kind}/h_3/attn/c_q/kernel": np.full(24, np.nan) for kind in KINDS[2:]}
     arrays |= {f"{kind}/h_3/resid_post": np.full(24, np.nan) for kind in KINDS[:2]}
+    arrays["act_cov_eigenvalues_left_out/h_3/resid_post"] = np.full((8, 24), np.nan)
     write_step(folder / "spectra", 9, arrays, {"tokens": 9 * 16_384})
     draw_panel(panel, read_run(folder)).figure.canvas.draw()
 
@@ -109,6 +112,8 @@ def test_curves_are_the_statistics_of_the_records(run_folder):
     main_window = next(iter(display_windows("d12", 24).values()))
     assert alphas.shape == (4, 4)
     assert alphas[3, 2] == fit_power_law(records[2].values, *main_window).alpha
+    ranks = draw_panel(panels.rankme_heat_map, run).collections[0].get_array()
+    assert ranks[3, 2] == rankme(records[2].values)
 
     gradients = run.records(panels.GRADIENT, "h_3/attn/c_q/kernel")
     curve = draw_panel(panels.gradient_concentration, run).lines[2]
@@ -124,7 +129,75 @@ def test_last_fit_is_drawn_through_the_spectrum(run_folder):
     shares = values[rank - 1] / values.sum()
     np.testing.assert_allclose(np.log(line).mean(), np.log(shares).mean())
     fit = fit_power_law(values, rank[0], rank[-1])
-    assert f"{fit.alpha:.2f}" in ax.lines[-1].get_label()
+    error = alpha_error(run.left_out(panels.ACTIVATION, "h_3/resid_post")[8], rank[0], rank[-1])
+    assert ax.lines[-1].get_label() == (
+        rf"last $\alpha$ = {fit.alpha:.2f} $\pm$ {error:.2f}, ranks {rank[0]}-{rank[-1]}"
+    )
+
+
+def test_fits_of_the_tails_are_drawn_above_the_spectrum(run_folder):
+    run = read_run(run_folder)
+    values = run.records(panels.ACTIVATION, "h_3/resid_post")[-1].values
+    lines = draw_panel(panels.activation_spectra, run).lines[-4:-1]
+    assert [tuple(line.get_xdata()[[0, -1]]) for line in lines] == sorted(
+        list(display_windows("d12", 24).values())[1:]
+    )
+    for line in lines:
+        rank, height = line.get_data()
+        shares = values[rank - 1] / values.sum()
+        raised = np.log(height).mean() - np.log(shares).mean()
+        assert raised == pytest.approx(np.log(panels.RAISED))
+
+
+def edges_of_bands(ax):
+    """(lower, upper) of each shaded band, by x."""
+    found = []
+    for band in ax.collections:
+        corners = band.get_paths()[0].vertices
+        xs = np.unique(corners[:, 0])
+        ends = [[pick(corners[corners[:, 0] == x, 1]) for x in xs] for pick in (min, max)]
+        found.append(np.array(ends))
+    return found
+
+
+def test_bands_are_jackknife_errors(run_folder):
+    run = read_run(run_folder)
+    site = "h_3/resid_post"
+    records, left_out = run.records(panels.ACTIVATION, site), run.left_out(panels.ACTIVATION, site)
+    ax = draw_panel(panels.tail_exponents, run)
+    assert "jackknife" in ax.get_ylabel()
+    lowest = min(display_windows("d12", 24).values())
+    alphas = np.array([fit_power_law(r.values, *lowest).alpha for r in records])
+    errors = np.array([alpha_error(left_out[r.step], *lowest) for r in records])
+    bands = edges_of_bands(ax)
+    assert len(bands) == 3
+    np.testing.assert_allclose(bands[0], [alphas - errors, alphas + errors])
+
+    ax = draw_panel(panels.rankme_trajectories, run)
+    ranks = np.array([rankme(r.values) for r in records])
+    errors = np.array([jackknife(rankme, left_out[r.step]) for r in records])
+    bands = edges_of_bands(ax)
+    assert len(bands) == 2  # no error is known of the last tokens
+    np.testing.assert_allclose(bands[1], [ranks - errors, ranks + errors])
+
+
+def test_without_groups_the_panel_says_whose_errors_the_bars_are(tmp_path):
+    run = read_run(make_run(tmp_path / "plain", **SMALL, groups=1))
+    ax = draw_panel(panels.tail_exponents, run)
+    assert "OLS slope" in ax.get_ylabel()
+    bars = ax.containers[0].lines[2][0].get_segments()
+    lowest = min(display_windows("d12", 24).values())
+    fit = fit_power_law(run.records(panels.ACTIVATION, "h_3/resid_post")[0].values, *lowest)
+    np.testing.assert_allclose(bars[0][:, 1], [fit.alpha - fit.se, fit.alpha + fit.se])
+    ax = draw_panel(panels.rankme_trajectories, run)
+    assert "no error bars" in ax.get_ylabel()
+    assert not ax.collections
+    assert "(OLS)" in draw_panel(panels.activation_spectra, run).lines[-1].get_label()
+
+
+def test_one_measurement_with_groups_has_bars(tmp_path):
+    run = read_run(make_run(tmp_path / "one", **SMALL | {"steps": (3,)}))
+    assert len(draw_panel(panels.tail_exponents, run).containers) == 3
 
 
 def test_windows_follow_tier_and_width():
@@ -210,6 +283,11 @@ def test_command_draws_and_prints_the_path(run_folder, tmp_path, capsys):
     out = tmp_path / "page.svg"
     assert run_main(capsys, run_folder, f"out={out}") == (0, f"{out}\n", "")
     assert out.read_text().startswith("<?xml")
+    for ending, start in ((".html", "<!doctype html>"), (".csv", "step,tokens,kind,site,")):
+        out = tmp_path / f"page{ending}"
+        assert run_main(capsys, run_folder, f"out={out}") == (0, f"{out}\n", "")
+        assert out.read_text(encoding="utf-8").startswith(start)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_bad_arguments_end_in_one_line(run_folder, tmp_path, capsys):
@@ -224,7 +302,8 @@ def test_bad_arguments_end_in_one_line(run_folder, tmp_path, capsys):
         (["out=a.png"], "0 run folders"),
         ([run_folder, "dpi=300"], "dpi=300"),
         ([run_folder, "--force"], "--force"),
-        ([run_folder, "out=page.gif"], "page.gif"),
+        ([run_folder, "out=page.gif"], "end the name in .png, .pdf, .svg, .html, .csv"),
+        ([run_folder, "out=missing/page.html"], "no such folder missing"),
         ([run_folder, "out=missing/page.png"], "no such folder missing"),
         ([damaged], "step_00000001.npz"),
         ([no_json], "config.json"),
@@ -244,11 +323,17 @@ def test_help_is_quick_and_nothing_imports_jax(run_folder, tmp_path):
         check=True,
     )
     assert shown.stdout.startswith("usage: python -m lens_jax.show RUN")
+    assert ".html" in shown.stdout
     assert "matplotlib" not in shown.stderr
-    code = (
-        "import sys; from lens_jax.show import main; "
-        f"assert main([{str(run_folder)!r}, {'out=' + str(tmp_path / 'a.png')!r}]) == 0; "
-        "print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-    )
+    assert loaded(run_folder, tmp_path / "a.csv") == "False False False"
+    assert loaded(run_folder, tmp_path / "a.png", tmp_path / "a.html") == "False False True"
+
+
+def loaded(run_folder, *outs):
+    """Whether jax, pyplot and matplotlib are loaded after these files were written."""
+    calls = "; ".join(f"assert main([{str(run_folder)!r}, 'out={out}']) == 0" for out in outs)
+    names = "'jax', 'matplotlib.pyplot', 'matplotlib'"
+    code = f"import sys; from lens_jax.show import main; {calls}; "
+    code += f"print(*(name in sys.modules for name in ({names})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False False"
+    return done.stdout.splitlines()[-1]
