@@ -14,6 +14,8 @@ whose lengths follow the published law, and windows are at their widest. The sec
   train      tokens per second of the plain compiled step of each rung
   probes     the step with each probe alone and with all, on the fixed probe set and on the batch
   gradients  one backward pass against vmap(grad) and against a loop over samples and matrices
+  paper      the released procedure, a pass a layer and matrix and a sample at a time, against what
+             all probes add to a step
   memory     bytes of the compiled programs, per device
 
 and, where they are named,
@@ -49,7 +51,7 @@ from models.command_line import (
 )
 from models.ladder import ALL_RUNGS, DEFAULT_RUNG
 
-SECTIONS = ("train", "probes", "gradients", "memory")
+SECTIONS = ("train", "probes", "gradients", "paper", "memory")
 KERNELS = ("attention", "loss", "muon", "scatter")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 VARIED = ("probes.names", "probes.data")
@@ -174,6 +176,7 @@ def run_kernels(section: str, config: RunConfig, plan: BenchConfig) -> dict[str,
 def run_steps(plan: BenchConfig, words: dict[str, str], config: RunConfig) -> dict[str, Any]:
     """The sections about the training step and its probes."""
     from experiments.bench_gradients import GradientRoutes, gradient_memory, gradients_section
+    from experiments.bench_paper import paper_section
     from experiments.bench_steps import Bench, probes_section, step_memory, train_section
 
     report: dict[str, Any] = {}
@@ -194,6 +197,9 @@ def run_steps(plan: BenchConfig, words: dict[str, str], config: RunConfig) -> di
     if "gradients" in plan.sections:
         note("section gradients")
         report["gradients"] = gradients_section(routes, plan.repeats)
+    if "paper" in plan.sections:
+        note("section paper")
+        report["paper"] = paper_section(bench, plan.repeats, plan.loop_layers)
     if "memory" in plan.sections:
         note("section memory")
         report["memory"] = step_memory(bench) | gradient_memory(routes)

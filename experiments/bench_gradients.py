@@ -7,13 +7,13 @@ of its own over the samples, one at a time, G gathered on the host, and an SVD t
 
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import chz
 import jax
 import numpy as np
 
+from experiments.bench_paper import Outcome, paper_way
 from experiments.bench_steps import Bench, Program, compile_program
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.loss import make_loss
@@ -22,18 +22,10 @@ from experiments.setup import compute_dtype
 from lens_jax.gradients import per_sample_gradients
 from lens_jax.spectra import gram_singular_values, gram_with_mean, split_gram
 from lens_jax.step import make_measure_step
-from lens_jax.taps import get_parameters, replace_parameters
 from models.gpt import GPT
 
 ROUTES = ("one_backward", "vmap_grad", "loop")
 COMPARED_ABOVE = 1e-3  # of the largest singular value
-
-
-class Outcome(NamedTuple):
-    """Singular values by path, and the seconds of the route that went by on the host."""
-
-    values: dict[str, np.ndarray]
-    host_s: float
 
 
 class GradientRoutes:
@@ -50,26 +42,19 @@ class GradientRoutes:
         chosen = chz.replace(config.probes, names=("gradient",), data="fixed")
         lens = run_lens(chz.replace(config, probes=chosen))
         self.paths, self.passes = lens.paths, lens.passes
-        self.loop_paths = spread_layers(lens.paths, loop_layers)
         self.loss_fn = make_loss(GPT(config.arch, config.size, compute_dtype(config)))
         self._measure = make_measure_step(self.loss_fn, lens)
-        # one sample cannot be split over devices, so the loop has the weights on one of them
-        device = run.mesh.devices.flat[0]
-        self.loop_params = jax.device_put(self.params, device)
-        self.loop_tokens = jax.device_put(self.probe_batch.samples["tokens"], device)
+        self.paper = paper_way(bench, "fixed", loop_layers)
         self._programs: dict[str, Program] = {}
 
     def program(self, name: str) -> Program:
-        """The compiled program of "one_backward", of "vmap_grad", or of the loop at one path."""
+        """The compiled program of "one_backward" or of "vmap_grad"."""
         if name not in self._programs:
             if name == "one_backward":
                 found = compile_program(self._measure, self.params, self.probe_batch)
-            elif name == "vmap_grad":
+            else:
                 function = jax.jit(self._vmap_grams)
                 found = compile_program(function, self.params, self.probe_batch.samples)
-            else:
-                function = jax.jit(partial(self._one_gradient, name))
-                found = compile_program(function, self.loop_params, self.loop_tokens[:1])
             self.note(f"compiled {name} in {found.compile_s:.1f} s")
             self._programs[name] = found
         return self._programs[name]
@@ -86,12 +71,6 @@ class GradientRoutes:
             for path, rows in grads.items()
         }
 
-    def _one_gradient(self, path, params, tokens):
-        def loss(values):
-            return self.loss_fn(replace_parameters(params, values), {"tokens": tokens})[0]
-
-        return jax.grad(loss)(get_parameters(params, [path]))[path]
-
     def one_backward(self) -> Outcome:
         """Gram matrices from the sinks of one backward pass, eigenvalues on the host."""
         grams, _ = self.program("one_backward").call(self.params, self.probe_batch)
@@ -103,35 +82,8 @@ class GradientRoutes:
         return _finish_grams(grams, self.paths)
 
     def loop(self) -> Outcome:
-        """A gradient at a time, copied to the host, and an SVD of each matrix of them."""
-        values, host_s = {}, 0.0
-        samples = [self.loop_tokens[index : index + 1] for index in range(len(self.loop_tokens))]
-        for path in self.loop_paths:
-            one_gradient = self.program(path).call
-            rows = [jax.device_get(one_gradient(self.loop_params, one)).ravel() for one in samples]
-            began = time.perf_counter()
-            values[path] = np.linalg.svd(np.stack(rows), compute_uv=False)
-            host_s += time.perf_counter() - began
-        return Outcome(values, host_s)
-
-    @property
-    def timed_fraction(self) -> float:
-        """The share of the loop's work that is done."""
-        return len(self.loop_paths) / len(self.paths)
-
-
-def spread_layers(paths: tuple[str, ...], count: int | None) -> tuple[str, ...]:
-    """The paths that lie in `count` of their layers, chosen evenly; None: all of them."""
-    layers = sorted({_layer(path) for path in paths})
-    if count is None or count >= len(layers):
-        return paths
-    # bin centres: their mean depth, and so the loop's mean cost, is close to that of all
-    picks = {layers[int((k + 0.5) * len(layers) / count)] for k in range(count)}
-    return tuple(path for path in paths if _layer(path) in picks)
-
-
-def _layer(path: str) -> int:
-    return int(path.partition("/")[0].removeprefix("h_"))
+        """The released procedure."""
+        return self.paper.gradients()
 
 
 def _finish_grams(grams: dict[str, jax.Array], paths: tuple[str, ...]) -> Outcome:
@@ -162,12 +114,12 @@ def gradients_section(routes: GradientRoutes, repeats: int) -> dict[str, Any]:
     outcomes = {name: timed[name].result for name in ROUTES}
     entries: dict[str, Any] = {}
     for name in ROUTES:
-        whole = 1 / routes.timed_fraction if name == "loop" else 1.0
+        whole = 1 / routes.paper.timed_fraction if name == "loop" else 1.0
         seconds = [second * whole for second in timed[name].seconds]
         entries[name] = spread(seconds)
         entries[name]["host_s"] = outcomes[name].host_s * whole
         entries[name]["ratio"] = paired_ratio(seconds, timed["one_backward"].seconds)
-    entries["loop"]["timed_fraction"] = routes.timed_fraction
+    entries["loop"]["timed_fraction"] = routes.paper.timed_fraction
     exact = outcomes["loop"].values
     differences = {
         "one_backward_to_loop": largest_difference(outcomes["one_backward"].values, exact),
@@ -183,7 +135,7 @@ def gradients_section(routes: GradientRoutes, repeats: int) -> dict[str, Any]:
     for name in ROUTES[1:]:
         routes.note(f"{name} takes {entries[name]['ratio']:.2f} x one_backward")
     return {
-        "samples": len(routes.loop_tokens),
+        "samples": len(routes.paper.samples),
         "matrices": list(routes.paths),
         "routes": entries,
         "largest_relative_difference": differences,
@@ -195,5 +147,5 @@ def gradient_memory(routes: GradientRoutes) -> dict[str, dict[str, int]]:
     return {
         "one_backward": routes.program("one_backward").memory,
         "vmap_grad": routes.program("vmap_grad").memory,
-        "loop, one sample": routes.program(routes.paths[0]).memory,
+        "loop, one sample": routes.paper.program(routes.paths[0]).memory,
     }

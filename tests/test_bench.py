@@ -107,6 +107,19 @@ def test_fixed_probe_costs_are_related_to_their_tokens(report):
     assert "probe_tokens" not in report["probes"]["batch"]["all"]
 
 
+@pytest.mark.parametrize("data", ["fixed", "batch"])
+def test_the_released_procedure_is_timed_beside_the_step(report, data):
+    entry = report["paper"][data]
+    for name in ("plain", "all", "paper"):
+        assert_times(entry[name])
+    assert entry["timed_fraction"] == 0.5
+    assert entry["samples"] == 8  # eight rows of 16 tokens a step, eight windows of 16
+    assert entry["activation_windows"] == {"fixed": 16, "batch": 8}[data]
+    assert entry["gradients_on_host_bytes"] == 8 * 4 * 32 * 32 * 4
+    assert entry["all_over_plain"] > 0
+    assert math.isfinite(entry["paper_over_extra"])
+
+
 def test_three_gradient_routes_agree(report):
     section = report["gradients"]
     assert section["samples"] == 8
@@ -142,7 +155,7 @@ def test_help_lists_the_keys(capsys):
     [
         ("repeat=3", "unknown key repeat=3; did you mean repeats?"),
         ("repeats=0", "repeats=0: give at least 1"),
-        ("sections=speed", "sections=speed: choose among train, probes, gradients, memory, att"),
+        ("sections=speed", "sections=speed: choose among train, probes, gradients, paper, memory"),
         ("sections=", "sections= and rungs= need at least one name each"),
         ("rungs=nonet", "rungs=nonet: choose among baseline, rope, muon"),
         ("peer=tf", "peer=tf: give one of none, torch"),
@@ -174,7 +187,7 @@ def test_a_bad_key_exits_with_2_and_needs_no_jax():
 
 
 def test_the_kernels_are_timed_only_where_they_are_named():
-    assert parse_bench([])[0].sections == ("train", "probes", "gradients", "memory")
+    assert parse_bench([])[0].sections == ("train", "probes", "gradients", "paper", "memory")
     assert parse_bench(["sections=muon"])[0].sections == ("muon",)
     assert parse_bench(["peer=torch"])[0].sections == ()
     assert parse_bench(["peer=torch", "sections=loss"])[0].sections == ("loss",)
@@ -212,7 +225,7 @@ def test_a_ratio_pairs_the_calls_of_a_turn():
 
 
 def test_layers_of_the_loop_are_spread_evenly():
-    from experiments.bench_gradients import spread_layers
+    from experiments.bench_paper import spread_layers
 
     paths = tuple(f"h_{layer}/{name}/kernel" for layer in (0, 3, 6, 9, 11) for name in "ab")
     assert spread_layers(paths, None) == spread_layers(paths, 9) == paths

@@ -11,9 +11,9 @@ from lens_jax.lens import ProbeBatch, make_lens
 from lens_jax.probes import spectra
 from lens_jax.spectra import gram_with_mean
 from lens_jax.step import make_measure_step
+from models.ladder import LADDER
 
-# one rung for every way in which a matrix is used
-RUNGS = ("baseline", "rope", "untied", "valuemix", "betterwin", "sparsev", "fp8head", "lswa")
+RUNGS = [rung.name for rung in LADDER if rung.name != "lswa_adam"]  # lswa, but for the optimizer
 SAMPLES = 4
 TOLERANCE = 1e-5  # of the largest entry
 
