@@ -1,8 +1,10 @@
-"""Memory that a plain training step needs on a device, read off the compiled program.
+"""Memory that a training step needs on a device, read off the compiled program.
 
-Nothing runs. Probes are not counted: a measured step holds its gradient samples as well.
+Nothing runs. The plain step is judged or, with measured=true, the one that measures with all probes
+as well: it holds the gradients of its samples, and the covariances.
 
     python -m experiments.memory rung=attnscale tier=d12 profile=paper
+    python -m experiments.memory rung=attnscale tier=d12 profile=paper measured=true
     python -m experiments.memory rung=sparsev tier=d48 profile=paper size.long_row=24576
     python -m experiments.memory --help
 
@@ -79,6 +81,9 @@ class Array(NamedTuple):
 class MemoryConfig:
     """The command's own keys, apart from the sizes, which are those of a RunConfig."""
 
+    measured: bool = chz.field(
+        default=False, doc="the step that measures with the probes, not the plain one"
+    )
     out: str | None = chz.field(default=None, doc="file for a JSON document, beside the table")
 
     @chz.validate
@@ -96,7 +101,7 @@ def main(argv: list[str]) -> int:
         print("  and every key of a run, with its meaning in python -m experiments.train --help")
         return 0
     report = {"command": shlex.join(["python", "-m", "experiments.memory", *argv])}
-    report |= measure(config)
+    report |= measure(config, plan.measured)
     print("\n".join(table(report)))
     if plan.out is not None:
         from experiments.atomic_files import write_json
@@ -122,8 +127,11 @@ def parse_memory(argv: list[str]) -> tuple[MemoryConfig, RunConfig]:
     return plan, sized(words)
 
 
-def measure(config: RunConfig) -> dict[str, Any]:
-    """Compile the training step of a configuration for one device; returns the JSON document."""
+def measure(config: RunConfig, measured: bool = False) -> dict[str, Any]:
+    """Compile the training step of a configuration for one device; returns the JSON document.
+
+    measured: the one that measures too.
+    """
     import jax
 
     from experiments.bench_steps import compile_program
@@ -132,7 +140,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
     step, arguments = abstract_step(config, make_model(config))
     options = KEEP_BARRIERS if jax.default_backend() == "cpu" else None
-    program = compile_program(step, *arguments, measure=False, compiler_options=options)
+    program = compile_program(step, *arguments, measure=measured, compiler_options=options)
     text = program.call.as_text()
     dtype, size = compute_dtype(config), config.size
     return {
@@ -146,6 +154,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         "rows": config.rows_per_step // config.accumulate,
         "accumulate": config.accumulate,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params)),
+        "measured": measured,
         "compile_s": program.compile_s,
         "memory": program.memory,
         "largest_arrays": [
@@ -158,13 +167,14 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
 
 def abstract_step(config: RunConfig, model):
-    """The jitted training step of a configuration without probes, and shapes of its arguments."""
+    """The jitted training step of a configuration, and shapes of its arguments."""
     import jax
     import jax.numpy as jnp
 
     from experiments.loss import make_loss
+    from experiments.probe_set import run_lens
     from experiments.schedule import make_schedule
-    from lens_jax.lens import Lens
+    from lens_jax.lens import split_windows
     from lens_jax.step import init_state, make_train_step
     from models.gpt import init_params
     from models.windows import widest_window
@@ -173,11 +183,22 @@ def abstract_step(config: RunConfig, model):
     params = jax.eval_shape(lambda: init_params(model, config.seed))
     tx = make_optimizer(config.optim, make_schedule(config).horizon, params)
     state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), tx))
-    rows = config.accumulate, config.rows_per_step // config.accumulate
-    batches = {"tokens": jax.ShapeDtypeStruct((*rows, config.row + 1), jnp.int32)}
-    if widest_window(config.arch, config.size) is not None:
-        batches["window"] = jax.ShapeDtypeStruct(rows, jnp.int32)
-    return make_train_step(make_loss(model), tx, Lens()), (state, batches, None)
+
+    def batch(*rows, length):
+        found = {"tokens": jax.ShapeDtypeStruct((*rows, length + 1), jnp.int32)}
+        if widest_window(config.arch, config.size) is not None:
+            found["window"] = jax.ShapeDtypeStruct(rows, jnp.int32)
+        return found
+
+    probes = config.probes
+    micro_rows = config.rows_per_step // config.accumulate
+    batches = batch(config.accumulate, micro_rows, length=config.row)
+    probe_batch = jax.eval_shape(
+        lambda windows: split_windows(windows, probes.gradient_windows, probes.chunk),
+        batch(probes.windows, length=probes.window),
+    )
+    step = make_train_step(make_loss(model), tx, run_lens(config), probe_data=probes.data)
+    return step, (state, batches, probe_batch)
 
 
 def arrays_named(text: str) -> set[Array]:
@@ -243,7 +264,8 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{report['rung']} {report['tier']} {report['profile']}: {report['n_layer']} layers of "
         f"{report['n_embd']}, {report['parameters']:,} parameters, {report['rows']} x "
-        f"{report['row']} tokens a micro-batch, {report['accumulate']} a step",
+        f"{report['row']} tokens a micro-batch, {report['accumulate']} a step"
+        + (", measuring" if report["measured"] else ""),
         f"{report['device_kind']}, {report['compute_dtype']}, attention {report['attention']}, "
         f"remat {report['remat']}, compiled in {report['compile_s']:.1f} s",
         "",

@@ -114,13 +114,17 @@ def measure_lens(
     more = 0 if probe_batch.more is None else _rows(probe_batch.more) * _rows(probe_batch.more, 1)
     lens.check_windows(_rows(probe_batch.samples) + more)
     first, *others = lens.sweeps or (None,)
-    summaries, loss = _sweep(loss_fn, lens, first, lens.probes, params, probe_batch)
+    zero = jnp.zeros(())
+    summaries, loss = _sweep(loss_fn, lens, first, lens.probes, params, probe_batch, zero)
     for sweep in others:
-        summaries |= _sweep(loss_fn, lens, sweep, (), params, probe_batch)[0]
+        # One sweep after another, or their gradients would be held together after all; a zero that
+        # is known only then keeps the compiler from filling their arrays before.
+        params, summaries, zero = jax.lax.optimization_barrier((params, summaries, zero))
+        summaries |= _sweep(loss_fn, lens, sweep, (), params, probe_batch, zero)[0]
     return summaries, loss
 
 
-def _sweep(loss_fn, lens: Lens, sweep: Sweep | None, probes, params, probe_batch):
+def _sweep(loss_fn, lens: Lens, sweep: Sweep | None, probes, params, probe_batch, zero):
     forward_only = tuple(probe for probe in probes if probe.needs == "taps")
     probes = _with_gradients(probes, sweep)
 
@@ -133,7 +137,7 @@ def _sweep(loss_fn, lens: Lens, sweep: Sweep | None, probes, params, probe_batch
         lambda leaf: leaf.reshape(lens.passes, -1, *leaf.shape[1:]), probe_batch.samples
     )
     total, states = _visit_all(
-        visit, parts, lambda part: _observe(loss_fn, sweep, params, part)[1], params, probes
+        visit, parts, lambda part: _observe(loss_fn, sweep, params, part)[1], params, probes, zero
     )
     if probe_batch.more is not None and forward_only:
 
@@ -211,19 +215,21 @@ def _accumulate(loss_fn, params, batches, lens: Lens):
         return (totals, _update(probes, states, evidence)), None
 
     num_batches = _rows(batches)
-    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     totals, states = _visit_all(
-        visit, batches, lambda batch: one_pass(batch)[2], params, probes, zero
+        visit, batches, lambda batch: one_pass(batch)[2], params, probes, start
     )
     loss, grads = jax.tree.map(lambda total: total / num_batches, totals)
     return loss, grads, _summarize(probes, states)
 
 
-def _visit_all(visit, batches, look, params, probes, zero=0.0):
-    """Fold visit over stacked batches from (zero, empty probe states); one batch needs no loop."""
+def _visit_all(visit, batches, look, params, probes, start):
+    """Fold visit over stacked batches from (start, empty probe states); one batch needs no loop."""
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     shapes = jax.eval_shape(look, first)._replace(params=params)
-    carry = jax.tree.map(jnp.asarray, zero), _init(probes, shapes)
+    zero = jax.tree.leaves(start)[0]  # of the loss; see measure_lens
+    empty = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), _init(probes, shapes))
+    carry = start, empty
     if _rows(batches) == 1:
         return visit(carry, first)[0]
     return jax.lax.scan(visit, carry, batches)[0]

@@ -156,6 +156,19 @@ def test_all_logits_at_once_are_found_out():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a flag of the compiler for CPUs")
+def test_a_measuring_step_holds_the_gradients_of_its_samples_and_sweeps_hold_fewer():
+    probes = {"probes__windows": 128, "probes__gradient_windows": 128, "probes__chunk": 16}
+    words = {"size__vocab_size": 64, "probes__matrices": "mlp.c_fc,mlp.c_proj"} | probes
+    temp = {}
+    for sweeps in (1, 4):
+        report = measure(tiny_config(**words, probes__sweeps=sweeps), measured=True)
+        assert report["measured"]
+        temp[sweeps] = report["memory"]["temp_bytes"]
+    rows = 4 * 128 * 4 * WIDTH**2  # of one kernel, in float32
+    assert temp[1] > 4 * rows
+    assert temp[4] < temp[1] - 2 * rows
+
+
 def test_the_compiler_does_not_undo_remat():
     def loss(kernels, x, wrap):
         block = wrap(lambda x, kernel: jnp.sin(jnp.sin(x @ kernel) @ kernel.T))
