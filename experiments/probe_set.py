@@ -61,6 +61,7 @@ def run_lens(config: RunConfig) -> Lens:
         pieces=pieces if config.probes.data == "batch" else 1,
         sweeps=config.probes.sweeps or _sweeps(config, places.gradient),
         route="one_backward",
+        spread=config.probes.data == "fixed" and config.data.probe_spread,
     )
 
 
@@ -99,13 +100,28 @@ def probe_at(probe_batch: ProbeBatch | None, mesh, window: int | None) -> ProbeB
 
 
 def place_probe_set(config: RunConfig, windows: np.ndarray, mesh) -> ProbeBatch:
-    """The fixed probe set (windows, T+1) on the devices, cut as the lens of `config` takes it."""
-    samples, rest = np.split(windows, [config.probes.gradient_windows])
+    """The fixed probe set (windows, T+1) on the devices, cut as the lens of `config` takes it.
+
+    Of a set that is spread over the text, so are the gradient samples, and so is every pass.
+    """
+    spread, chunk = config.data.probe_spread, config.probes.chunk
+    chosen = np.arange(config.probes.gradient_windows)
+    if spread:
+        chosen = chosen * len(windows) // len(chosen)
+    samples, rest = windows[chosen], np.delete(windows, chosen, axis=0)
+    samples = _in_passes(samples, max(1, len(samples) // chunk), spread).reshape(samples.shape)
     samples = {"tokens": place_rows(mesh, samples, axis=0)}
     if not len(rest):
         return ProbeBatch(samples)
-    rest = rest.reshape(-1, config.probes.chunk, rest.shape[1])
+    rest = _in_passes(rest, len(rest) // chunk, spread)
     return ProbeBatch(samples, {"tokens": place_rows(mesh, rest, axis=1)})
+
+
+def _in_passes(windows: np.ndarray, passes: int, spread: bool) -> np.ndarray:
+    """Windows (n, T) as (passes, n / passes, T): one stretch of them a pass, or every n-th one."""
+    if spread:
+        return np.swapaxes(windows.reshape(-1, passes, windows.shape[1]), 0, 1)
+    return windows.reshape(passes, -1, windows.shape[1])
 
 
 def record_facts(config: RunConfig, windows: np.ndarray, lens: Lens, dtype) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def make_lens(
     pieces: int = 1,
     sweeps: int = 1,
     route: Route = "vmap_grad",
+    spread: bool = False,
     normalise: bool = True,
 ) -> Lens:
     """A lens on `windows` rows of data.
@@ -83,7 +84,9 @@ def make_lens(
     samples of the gradient probe (None: all). chunk: rows in one pass of the model (None: all
     samples at once). pieces: into how many equal stretches a row is cut, each a gradient sample
     with the mean loss of its own positions (one backward pass only). sweeps: visits of the samples,
-    each for a part of the gradients. normalise: divide every activation vector by its root mean
+    each for a part of the gradients. spread: every pass has rows from all over the data, in order
+    (else one pass goes on where the last one ended), which decides what the groups of rows are
+    that are left out for error bars. normalise: divide every activation vector by its root mean
     square first (protocol spec 1.2).
     Raises ValueError for numbers that do not fit together.
     """
@@ -102,8 +105,9 @@ def make_lens(
     passes = samples // rows
     probes = []
     if activations:
-        groups = even_groups(windows, rows, chunk)
-        probes.append(activation_probe(activations, windows, groups, normalise=normalise))
+        groups = even_groups(windows, rows, *([chunk] if windows > samples else []), spread=spread)
+        settings = {"spread": spread, "normalise": normalise}
+        probes.append(activation_probe(activations, windows, groups, **settings))
     if weights:
         probes.append(weight_probe(tuple(weights)))
     sink = Sink(rows * pieces, "rows" if passes > 1 else "gram")

@@ -56,17 +56,24 @@ class Probe(NamedTuple):
 
 
 def activation_probe(
-    sites: Sequence[str], windows: int, groups: int = 1, *, normalise: bool = True
+    sites: Sequence[str],
+    windows: int,
+    groups: int = 1,
+    *,
+    spread: bool = False,
+    normalise: bool = True,
 ) -> Probe:
     """Covariance of the vectors at each site, over all positions and over last ones.
 
     A tap is (B, ..., D), B windows at a time and `windows` over all passes, of which consecutive
-    ones form `groups` of equal size that are kept apart for error bars. normalise: every vector
-    is divided by its root mean square first (protocol spec 1.2). Last positions are taken of taps
-    (B, T, D) only.
+    ones form `groups` of equal size that are kept apart for error bars; with spread, every pass has
+    windows from all over the data, in order, and an equal share of them goes to every group.
+    normalise: every vector is divided by its root mean square first (protocol spec 1.2). Last
+    positions are taken of taps (B, T, D) only.
     """
     if windows % groups:
         raise ValueError(f"{groups} groups do not divide {windows} windows")
+    size = windows // groups
 
     def init(evidence):
         state = {}
@@ -77,17 +84,20 @@ def activation_probe(
                 state[site]["act_last"] = empty_groups(width, 1)
         return jnp.zeros((), jnp.int32), state
 
+    def merge(state, vectors, seen):
+        if spread or groups == 1:
+            return merge_into_groups(state, vectors, 0, groups)
+        return merge_into_groups(state, vectors, seen // size, max(1, vectors.shape[0] // size))
+
     def update(state, evidence):
         seen, state = state
         new = {}
         for site, tap in select(evidence.taps, sites).items():
             vectors = _rms_normalise(tap) if normalise else tap
-            kinds = {"act": (vectors, windows // groups), "act_last": (vectors[:, -1:], windows)}
-            new[site] = {
-                kind: merge_into_groups(state[site][kind], part, seen, size)
-                for kind, (part, size) in kinds.items()
-                if kind in state[site]
-            }
+            new[site] = {"act": merge(state[site]["act"], vectors, seen)}
+            if "act_last" in state[site]:
+                last = state[site]["act_last"]
+                new[site]["act_last"] = merge_into_groups(last, vectors[:, -1:], 0, 1)
         return seen + tap.shape[0], new
 
     def summarize(state):

@@ -75,25 +75,14 @@ def merge_covariance(state: Covariance, x: jax.Array) -> Covariance:
     )
 
 
-def merge_into_groups(
-    state: Covariance, x: jax.Array, seen: jax.Array, windows_per_group: int
-) -> Covariance:
-    """The groups after seeing the windows x (B, ..., D), before which came `seen` others.
+def merge_into_groups(state: Covariance, x: jax.Array, first: jax.Array, filled: int) -> Covariance:
+    """The groups after seeing the windows x (B, ..., D), an equal share of them in each of some.
 
-    Consecutive windows fill one group after another; a single group takes them all. Raises
-    ValueError where B windows are neither whole groups nor an equal share of one.
+    They belong, in order, to `filled` groups from number `first` on. Raises ValueError where B is
+    not a multiple of that.
     """
-    windows = x.shape[0]
-    if len(state.count) == 1:
-        windows_per_group = windows
-        seen = jnp.zeros_like(seen)
-    if windows % windows_per_group and windows_per_group % windows:
-        raise ValueError(
-            f"{windows} windows at a time do not fill groups of {windows_per_group}: "
-            f"one of the two must divide the other"
-        )
-    filled = max(1, windows // windows_per_group)
-    first = seen // windows_per_group
+    if x.shape[0] % filled:
+        raise ValueError(f"{x.shape[0]} windows at a time do not fill {filled} groups evenly")
     parts = x.reshape(filled, -1, x.shape[-1])  # (groups of this pass, n, D)
     there = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, filled), state)
     merged = jax.vmap(merge_covariance)(there, parts)

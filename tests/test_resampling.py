@@ -61,6 +61,21 @@ def test_eigenvalues_without_a_group_are_those_of_the_other_windows(problem):
         np.testing.assert_allclose(found["act_cov_eigenvalues_halves/out"], expected, rtol=1e-5)
 
 
+def test_passes_from_all_over_the_data_fill_every_group(problem):
+    """Two passes, of the even windows and of the odd ones, in 24 groups of neighbours."""
+    params, batch = problem
+    lens = make_lens(
+        windows=WINDOWS, samples=24, chunk=24, activations=("out",), spread=True, normalise=False
+    )
+    dealt = jax.tree.map(lambda leaf: jnp.concatenate([leaf[0::2], leaf[1::2]]), batch)
+    found = spectra(make_measure_step(loss_fn, lens)(params, split_windows(dealt, 24, 24))[0])
+    expected = measure(problem)
+    for name in ("eigenvalues", "eigenvalues_left_out", "eigenvalues_halves"):
+        np.testing.assert_allclose(
+            found[f"act_cov_{name}/out"], expected[f"act_cov_{name}/out"], rtol=1e-5
+        )
+
+
 def test_a_group_may_take_several_passes(problem):
     """Groups of three windows, one window at a time."""
     params, batch = problem
@@ -112,6 +127,13 @@ def test_without_groups_nothing_is_left_out(problem):
     expected = eigenvalues(np.asarray(loss_fn(params, first)[1]["out"], np.float64))
     np.testing.assert_allclose(found["act_cov_eigenvalues/out"], expected, rtol=1e-5)
     assert not [name for name in found if name.startswith("act") and "left_out" in name]
+
+
+def test_groups_of_a_spread_set_have_an_equal_share_of_every_pass():
+    assert even_groups(128, 64, 64, spread=True) == 32
+    assert even_groups(1024, 64, spread=True) == 32
+    assert even_groups(40, 8, 16, spread=True) == 8
+    assert even_groups(41, 1, 8, spread=True) == 1
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))

@@ -4,12 +4,14 @@ import chz
 import jax
 import numpy as np
 import pytest
+from tiny_models import tiny_config
 from tiny_runs import assert_same_arrays, make_data, make_words
 
 from experiments.checksums import leaves_by_path
 from experiments.data import TrainWindows, resolve_source
-from experiments.devices import place_rows
+from experiments.devices import make_mesh, place_rows
 from experiments.loss import make_loss
+from experiments.probe_set import place_probe_set
 from experiments.resolve import parse_command, resolve
 from experiments.schedule import make_schedule
 from experiments.setup import hold_out, make_run, read_yardstick
@@ -17,6 +19,7 @@ from lens_jax.probes import spectra
 from models.gpt import GPT
 
 STEPS = 4
+SPREAD = {"probes__windows": 24, "probes__gradient_windows": 8, "probes__chunk": 4}
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,18 @@ def test_no_probes_no_probe_set(data):
     assert run.probe_batch is None
     assert run.facts["gradient_samples"] == 0
     assert make_schedule(config).measure == frozenset()
+
+
+def test_a_spread_probe_set_is_spread_in_every_pass():
+    config = tiny_config("untied", data__probe_spread=True, **SPREAD)
+    windows = np.repeat(np.arange(24, dtype=np.int32)[:, None], 3, axis=1)
+    found = place_probe_set(config, windows, make_mesh(4))
+    samples, rest = found.samples["tokens"][:, 0], found.more["tokens"][:, :, 0]
+    # every third window is a gradient sample, every other one of those in a pass
+    np.testing.assert_array_equal(samples, [0, 6, 12, 18, 3, 9, 15, 21])
+    assert sorted([*samples.tolist(), *rest.ravel().tolist()]) == list(range(24))
+    assert rest.shape == (4, 4)
+    np.testing.assert_array_equal(rest[0], [1, 7, 13, 19])
+    plain = place_probe_set(tiny_config("untied", **SPREAD), windows, make_mesh(4))
+    np.testing.assert_array_equal(plain.samples["tokens"][:, 0], np.arange(8))
+    np.testing.assert_array_equal(plain.more["tokens"][1, :, 0], np.arange(12, 16))
