@@ -49,10 +49,9 @@ for i in range(65):
         records.write_step(f"{folder}/spectra", i, arrays, {"tokens": 64 * i})
     state, _, _ = train_step(state, draw(1, 64), None, measure=False)
 show.draw_run(folder)
-rank = fits.rankme(arrays["act_cov_eigenvalues/conv_1/out"])
-error = jackknife.jackknife(fits.rankme, arrays["act_cov_eigenvalues_left_out/conv_1/out"])
+rank, error = jackknife.estimate(fits.rankme, arrays, "conv_1/out", "act_cov_eigenvalues")
 kinds = ("grad_singular_values_centred", "grad_mean_sq")
-noise = fits.gradient_noise_scale(*(arrays[f"{kind}/conv_0/kernel"] for kind in kinds)).b_simple
-left_out = (arrays[f"{kind}_left_out/conv_0/kernel"] for kind in kinds)
-spread = jackknife.jackknife(lambda *g: fits.gradient_noise_scale(*g).b_simple, *left_out)
+noise, spread = jackknife.estimate(
+    lambda *spectra: fits.gradient_noise_scale(*spectra).b_simple, arrays, "conv_0/kernel", *kinds
+)
 print(f"conv_1: RankMe {rank:.2f} +- {error:.2f}; conv_0: noise scale {noise:.0f} +- {spread:.0f}")

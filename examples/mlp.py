@@ -50,10 +50,9 @@ for i in range(65):
         records.write_step(FOLDER / "spectra", i, arrays, meta)
 (FOLDER / "metrics.jsonl").write_text("".join(log))
 show.draw_run(FOLDER)
-rank = fits.rankme(arrays["act_cov_eigenvalues/h_1/out"])
-error = jackknife.jackknife(fits.rankme, arrays["act_cov_eigenvalues_left_out/h_1/out"])
+rank, error = jackknife.estimate(fits.rankme, arrays, "h_1/out", "act_cov_eigenvalues")
 kinds = ("grad_singular_values_centred", "grad_mean_sq")
-noise = fits.gradient_noise_scale(*(arrays[f"{kind}/h_1/kernel"] for kind in kinds)).b_simple
-left_out = (arrays[f"{kind}_left_out/h_1/kernel"] for kind in kinds)
-spread = jackknife.jackknife(lambda *g: fits.gradient_noise_scale(*g).b_simple, *left_out)
+noise, spread = jackknife.estimate(
+    lambda *spectra: fits.gradient_noise_scale(*spectra).b_simple, arrays, "h_1/kernel", *kinds
+)
 print(f"h_1: RankMe {rank:.2f} +- {error:.2f}, noise scale {noise:.0f} +- {spread:.0f} rows")

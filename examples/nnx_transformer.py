@@ -1,7 +1,7 @@
 """The lens in a training step of your own, on flax.nnx: python examples/nnx_transformer.py [FOLDER]
 
 Rows repeat themselves after 16 tokens; every 16 steps the passes that train on a batch measure it
-too. 12 s on one core; fills FOLDER and prints alpha of the stream and the noise scale of a kernel.
+too. 12 s on one core; fills FOLDER and prints alpha of the stream.
 """
 
 import sys
@@ -52,8 +52,8 @@ for i in range(65):
         arrays = probes.spectra(seen)
         records.write_step(f"{folder}/spectra", i, arrays, {"tokens": i * tokens.size})
 show.draw_run(folder)
-alpha = fits.fit_power_law(arrays["act_cov_eigenvalues/h_0/mid"], 1, 32).alpha
-error = jackknife.alpha_error(arrays["act_cov_eigenvalues_left_out/h_0/mid"], 1, 32)
-grads = (arrays[f"grad_{part}/up/kernel/value"] for part in ("singular_values_centred", "mean_sq"))
-noise = 31 * fits.gradient_noise_scale(*grads).b_simple
-print(f"h_0/mid: alpha {alpha:.3f} +- {error:.3f} (ranks 1-32); noise scale {noise:.0f} tokens")
+alpha, error = jackknife.estimate(
+    lambda spectrum: fits.fit_power_law(spectrum, 1, 32).alpha,
+    arrays, "h_0/mid", "act_cov_eigenvalues",
+)  # fmt: skip
+print(f"h_0/mid: alpha {alpha:.3f} +- {error:.3f} (ranks 1-32)")

@@ -69,6 +69,9 @@ class ProbeConfig:
     windows: int = chz.field(default=1024, doc="windows under the activation probe")
     gradient_windows: int = chz.field(default=512, doc="of these, samples of the gradient probe")
     chunk: int = chz.field(default=64, doc="windows in one pass of the model")
+    groups: int = chz.field(
+        default=32, doc="most groups of windows left out for error bars of activations; 1: none"
+    )
     sweeps: int | None = chz.field(
         default=None,
         doc="visits of the gradient samples, each for a part of the kernels; none: as few as fit",
@@ -101,7 +104,7 @@ class ProbeConfig:
         for name in self.matrices:
             if name not in MATRICES:
                 raise ValueError(f"probes.matrices={name}: choose among {', '.join(MATRICES)}")
-        for name in ("window", "windows", "chunk", "first", "linear_from"):
+        for name in ("window", "windows", "chunk", "groups", "first", "linear_from"):
             if getattr(self, name) < 1:
                 raise ValueError(f"probes.{name}={getattr(self, name)}: give at least 1")
         if self.sweeps is not None and self.sweeps < 1:

@@ -61,6 +61,7 @@ def run_lens(config: RunConfig) -> Lens:
         pieces=pieces if config.probes.data == "batch" else 1,
         sweeps=config.probes.sweeps or _sweeps(config, places.gradient),
         route="one_backward",
+        groups=config.probes.groups,
         spread=config.probes.data == "fixed" and config.data.probe_spread,
     )
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lens_jax.spectra import gram_with_mean
-from lens_jax.taps import get_parameters, replace_parameters
+from lens_jax.taps import call_loss, check_trainable, get_parameters, replace_parameters
 
 
 def per_sample_gradients(
@@ -30,10 +30,11 @@ def per_sample_gradients(
     samples in its leading axis and is passed one sample (of leading size 1) at a time.
     """
     chosen = get_parameters(params, paths)
+    check_trainable(params, chosen)
 
     def loss_of_one(values, sample):
         batch_of_one = jax.tree.map(lambda leaf: leaf[None], sample)
-        return loss_fn(replace_parameters(params, values), batch_of_one)[0]
+        return call_loss(loss_fn, replace_parameters(params, values), batch_of_one)[0]
 
     return jax.vmap(jax.grad(loss_of_one), in_axes=(None, 0))(chosen, batch)
 

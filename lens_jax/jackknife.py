@@ -9,7 +9,7 @@ It is the error of sampling alone: not the bias of finitely many tokens, and not
 between two trainings, which only seeds show. Everything is numpy in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -35,6 +35,20 @@ def jackknife(statistic: Callable[..., float], *left_out) -> float:
         raise ValueError(f"{min(groups)} groups left out: a jackknife needs at least 2")
     replicates = np.array([statistic(*rows) for rows in zip(*arrays, strict=True)], np.float64)
     return float(_variance(replicates) ** 0.5)
+
+
+def estimate(
+    statistic: Callable[..., float], arrays: Mapping, site: str, *kinds: str
+) -> tuple[float, float]:
+    """Returns a statistic of a record's arrays at a site and its jackknife standard error.
+
+    statistic(*spectra) takes the arrays `<kind>/<site>` in the order of kinds; the error comes from
+    those named `<kind>_left_out/<site>` and is NaN where one of them was not recorded.
+    """
+    value = float(statistic(*(arrays[f"{kind}/{site}"] for kind in kinds)))
+    left_out = [arrays.get(f"{kind}_left_out/{site}") for kind in kinds]
+    missing = any(replicates is None for replicates in left_out)
+    return value, float("nan") if missing else jackknife(statistic, *left_out)
 
 
 def alpha_error(left_out, first: int, last: int) -> float:

@@ -7,24 +7,36 @@ gradients of all kernels come from one backward pass (route="one_backward").
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
 from lens_jax.gradients import Sink
 from lens_jax.probes import Probe, activation_probe, gradient_probe, weight_probe
-from lens_jax.resampling import even_groups
+from lens_jax.resampling import MOST_GROUPS, even_groups
+from lens_jax.taps import num_rows
 
 Route = Literal["one_backward", "vmap_grad"]
 
 
 class Sweep(NamedTuple):
-    """The per-sample gradients that one visit of the samples yields, and by which route."""
+    """The per-sample gradients that one visit of the samples yields, and by which route.
+
+    rows: of the data in one pass of that visit.
+    """
 
     probe: Probe
     paths: tuple[str, ...]
     sink: Sink
     route: Route
+    rows: int
+
+    def check_rows(self, count: int) -> None:
+        """Raises ValueError unless a pass of `count` rows is what the sweep was made for."""
+        if count != self.rows:
+            raise ValueError(
+                f"a pass of {count} rows, where the lens has {self.rows} a pass for its gradients"
+            )
 
 
 class Lens(NamedTuple):
@@ -75,6 +87,7 @@ def make_lens(
     sweeps: int = 1,
     route: Route = "vmap_grad",
     spread: bool = False,
+    groups: int = MOST_GROUPS,
     normalise: bool = True,
 ) -> Lens:
     """A lens on `windows` rows of data.
@@ -86,10 +99,20 @@ def make_lens(
     with the mean loss of its own positions (one backward pass only). sweeps: visits of the samples,
     each for a part of the gradients. spread: every pass has rows from all over the data, in order
     (else one pass goes on where the last one ended), which decides what the groups of rows are
-    that are left out for error bars. normalise: divide every activation vector by its root mean
-    square first (protocol spec 1.2).
+    that are left out for error bars. groups: at most so many of those, each with a covariance of
+    its own (8 D^2 bytes a tap); 1: no error bars of activations. normalise: divide every activation
+    vector by its root mean square first (protocol spec 1.2).
     Raises ValueError for numbers that do not fit together.
     """
+    for name, places in (
+        ("activations", activations),
+        ("gradients", gradients),
+        ("weights", weights),
+    ):
+        if isinstance(places, str):
+            raise ValueError(f"{name}={places!r} is one name: give a list of names")
+    if route not in get_args(Route):
+        raise ValueError(f"route={route!r}: give one of {', '.join(get_args(Route))}")
     samples = windows if samples is None else samples
     if not 1 <= samples <= windows:
         raise ValueError(f"samples={samples}: give 1 to windows={windows}")
@@ -105,7 +128,8 @@ def make_lens(
     passes = samples // rows
     probes = []
     if activations:
-        groups = even_groups(windows, rows, *([chunk] if windows > samples else []), spread=spread)
+        passes_of = (rows, chunk) if windows > samples else (rows,)
+        groups = even_groups(windows, *passes_of, spread=spread, most=groups)
         settings = {"spread": spread, "normalise": normalise}
         probes.append(activation_probe(activations, windows, groups, **settings))
     if weights:
@@ -114,7 +138,7 @@ def make_lens(
     parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
     return Lens(
         tuple(probes),
-        tuple(Sweep(gradient_probe(part, sink, passes), part, sink, route) for part in parts),
+        tuple(Sweep(gradient_probe(part, sink, passes), part, sink, route, rows) for part in parts),
         passes,
         windows if activations else None,
     )
@@ -130,9 +154,14 @@ def split_windows(batch: Any, samples: int, chunk: int) -> ProbeBatch:
 
     The first `samples` rows are gradient samples, the rest is stacked in chunks.
     """
+    more = num_rows(batch) - samples
+    if more < 0 or more % chunk:
+        raise ValueError(
+            f"{num_rows(batch)} rows are not {samples} samples and whole chunks of {chunk}"
+        )
     first = jax.tree.map(lambda leaf: leaf[:samples], batch)
     rest = jax.tree.map(lambda leaf: leaf[samples:], batch)
-    if not jax.tree.leaves(rest)[0].shape[0]:
+    if not more:
         return ProbeBatch(first)
     return ProbeBatch(
         first, jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), rest)

@@ -46,10 +46,14 @@ class Evidence(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """One measurement; `needs` is the evidence it reads, "params", "taps" or "sinks"."""
+    """One measurement.
+
+    needs: the evidence it reads, "params", "taps" or "sinks"; reads: the names of what it reads.
+    """
 
     name: str
     needs: Literal["params", "taps", "sinks"]
+    reads: tuple[str, ...]
     init: Callable[[Evidence], Any]
     update: Callable[[Any, Evidence], Any]
     summarize: Callable[[Any], dict[str, Any]]
@@ -106,7 +110,7 @@ def activation_probe(
             f"{kind}/{site}": cov for site, kinds in state.items() for kind, cov in kinds.items()
         }
 
-    return Probe("activation", "taps", init, update, summarize)
+    return Probe("activation", "taps", tuple(sites), init, update, summarize)
 
 
 def _rms_normalise(x: jax.Array) -> jax.Array:
@@ -141,19 +145,30 @@ def gradient_probe(paths: Sequence[str], sink: Sink, passes: int = 1) -> Probe:
             for path, value in kept.items()
         }
 
-    return Probe("gradient", "sinks", init, update, summarize)
+    return Probe("gradient", "sinks", tuple(paths), init, update, summarize)
 
 
 def weight_probe(paths: Sequence[str]) -> Probe:
     """The weight matrices themselves, whose singular values are the spectrum."""
 
     def init(evidence):
-        return get_parameters(evidence.params, paths)
+        matrices = get_parameters(evidence.params, paths)
+        for path, matrix in matrices.items():
+            if matrix.ndim != 2:
+                raise ValueError(
+                    f"the weight at {path!r} has shape {matrix.shape}, and singular values need a "
+                    f"matrix (in, out): leave it out of weights="
+                )
+        return matrices
 
     def summarize(state):
         return {f"weight/{path}": matrix for path, matrix in state.items()}
 
-    return Probe("weight", "params", init, lambda state, evidence: init(evidence), summarize)
+    def update(state, evidence):
+        del state
+        return init(evidence)
+
+    return Probe("weight", "params", tuple(paths), init, update, summarize)
 
 
 def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from lens_jax.spectra import Moments, covariance_eigenvalues, gram_singular_valu
 MOST_GROUPS = 32
 
 
-def even_groups(items: int, *passes: int, spread: bool = False) -> int:
-    """The largest number of equal groups of `items`, at most 32, that every pass fills evenly.
+def even_groups(items: int, *passes: int, spread: bool = False, most: int = MOST_GROUPS) -> int:
+    """The largest number of equal groups of `items`, at most `most`, that every pass fills evenly.
 
     A pass of n items fills them evenly if n is a multiple of a group's items or divides them or,
     with spread, if it has equally many for every group.
     """
-    for groups in range(min(MOST_GROUPS, items), 1, -1):
+    for groups in range(min(most, items), 1, -1):
         size = items // groups
         fit = (n % groups == 0 if spread else n % size == 0 or size % n == 0 for n in passes)
         if items % groups == 0 and all(fit):

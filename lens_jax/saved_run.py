@@ -100,7 +100,12 @@ def layer_name(site: str) -> str:
 def site_name(site: str) -> str:
     """Returns a site without its layer, `attn.c_proj` of `h_11/attn/c_proj/kernel`."""
     match = _LAYER.match(site)
-    return (match[2] if match else site).removesuffix("/kernel").replace("/", ".")
+    return (
+        (match[2] if match else site)
+        .removesuffix("/value")
+        .removesuffix("/kernel")
+        .replace("/", ".")
+    )
 
 
 def depth(site: str) -> tuple:

@@ -17,6 +17,7 @@ import optax
 from lens_jax.gradients import check_uses, make_sinks, observed_linear, per_sample_gradients
 from lens_jax.lens import Lens, ProbeBatch, Sweep
 from lens_jax.probes import Evidence, Probe, spectra
+from lens_jax.taps import call_loss, check_taps, check_trainable, num_rows
 
 
 class TrainState(NamedTuple):
@@ -59,6 +60,8 @@ def make_train_step(
         jax.jit, static_argnames="measure", donate_argnames="state", out_shardings=out_sharding
     )
     def step(state: TrainState, batches, probe_batch, *, measure: bool):
+        if probe_batch is not None:
+            _check_micro_batches(batches, probe_batch)
         inside = lens if measure and probe_data == "batch" else blind
         loss, grads, measured = _accumulate(loss_fn, state.params, batches, inside)
         seen = {}
@@ -111,8 +114,14 @@ def measure_lens(
     One forward and backward pass over the samples serves all matrices of a sweep, and the first
     one's forward the activations too; no other gradient of a parameter is formed.
     """
-    more = 0 if probe_batch.more is None else _rows(probe_batch.more) * _rows(probe_batch.more, 1)
-    lens.check_windows(_rows(probe_batch.samples) + more)
+    if not isinstance(probe_batch, ProbeBatch):
+        raise ValueError("a probe set is a ProbeBatch(batch), or what split_windows makes of one")
+    more = (
+        0
+        if probe_batch.more is None
+        else num_rows(probe_batch.more) * num_rows(probe_batch.more, 1)
+    )
+    lens.check_windows(num_rows(probe_batch.samples) + more)
     first, *others = lens.sweeps or (None,)
     zero = jnp.zeros(())
     summaries, loss = _sweep(loss_fn, lens, first, lens.probes, params, probe_batch, zero)
@@ -130,19 +139,25 @@ def _sweep(loss_fn, lens: Lens, sweep: Sweep | None, probes, params, probe_batch
 
     def visit(carry, batch):
         total, states = carry
-        loss, evidence = _observe(loss_fn, sweep, params, batch)
+        loss, evidence = _observe(loss_fn, probes, sweep, params, batch)
         return (total + loss, _update(probes, states, evidence)), None
 
     parts = jax.tree.map(
         lambda leaf: leaf.reshape(lens.passes, -1, *leaf.shape[1:]), probe_batch.samples
     )
     total, states = _visit_all(
-        visit, parts, lambda part: _observe(loss_fn, sweep, params, part)[1], params, probes, zero
+        visit,
+        parts,
+        lambda part: _observe(loss_fn, probes, sweep, params, part)[1],
+        params,
+        probes,
+        zero,
     )
     if probe_batch.more is not None and forward_only:
 
         def look(states, batch):
-            _, taps = loss_fn(params, batch)
+            _, taps = call_loss(loss_fn, params, batch)
+            _check_taps(forward_only, taps, batch)
             return _update(forward_only, states, Evidence(params, taps)), None
 
         seen = {probe.name: states[probe.name] for probe in forward_only}
@@ -150,22 +165,28 @@ def _sweep(loss_fn, lens: Lens, sweep: Sweep | None, probes, params, probe_batch
     return _summarize(probes, states), total / lens.passes
 
 
-def _rows(batch, axis: int = 0) -> int:
-    return jax.tree.leaves(batch)[0].shape[axis]
-
-
 def _with_gradients(probes: tuple[Probe, ...], sweep: Sweep | None) -> tuple[Probe, ...]:
     return probes if sweep is None else (*probes, sweep.probe)
 
 
-def _observe(loss_fn, sweep: Sweep | None, params, batch):
+def _check_taps(probes, taps, batch) -> None:
+    for probe in probes:
+        if probe.needs == "taps":
+            check_taps(taps, probe.reads, num_rows(batch))
+
+
+def _observe(loss_fn, probes, sweep: Sweep | None, params, batch):
     """Loss and evidence of one held-out batch; backward only as far as the sweep asks."""
+    if sweep is not None:
+        sweep.check_rows(num_rows(batch))
     if sweep is None or sweep.route == "vmap_grad":
-        loss, taps = loss_fn(params, batch)
+        loss, taps = call_loss(loss_fn, params, batch)
+        _check_taps(probes, taps, batch)
         return loss, Evidence(params, taps, _mapped(loss_fn, sweep, params, batch))
     sinks = make_sinks(params, sweep.paths, sweep.sink)
     objective = partial(_objective, loss_fn, sweep, params, batch)
     (loss, taps), cotangents = jax.value_and_grad(objective, has_aux=True)(sinks)
+    _check_taps(probes, taps, batch)
     return loss, Evidence(params, taps, cotangents)
 
 
@@ -173,11 +194,6 @@ def _mapped(loss_fn, sweep: Sweep | None, params, batch):
     """What the sinks of a sweep would hold, by vmap(grad)."""
     if sweep is None or sweep.route == "one_backward":
         return {}
-    rows = _rows(batch)
-    if rows != sweep.sink.samples:
-        raise ValueError(
-            f"a pass of {rows} rows, where the lens has {sweep.sink.samples} samples a pass"
-        )
     grads = per_sample_gradients(loss_fn, params, batch, sweep.paths)
     return {path: sweep.sink.of_rows(rows) for path, rows in grads.items()}
 
@@ -190,13 +206,26 @@ def _check_one_sweep(lens: Lens) -> None:
         )
 
 
+def _check_micro_batches(batches, probe_batch: ProbeBatch) -> None:
+    """Without their leading axis every row would train as a micro-batch, and none would notice."""
+    ours, theirs = (jax.tree.leaves(each)[0].ndim for each in (batches, probe_batch.samples))
+    if ours != theirs + 1:
+        raise ValueError(
+            f"batches have leaves of {ours} axes and the probe set of {theirs}: give batches a "
+            f"leading axis of micro-batches"
+        )
+
+
 def _accumulate(loss_fn, params, batches, lens: Lens):
     """Mean loss and gradients over micro-batches, and what the lens saw in those very passes."""
-    lens.check_windows(_rows(batches) * _rows(batches, 1))
+    check_trainable(params)
+    lens.check_windows(num_rows(batches) * num_rows(batches, 1))
     sweep = lens.sweeps[0] if lens.sweeps else None
     probes = _with_gradients(lens.probes, sweep)
 
     def one_pass(batch):
+        if sweep is not None:
+            sweep.check_rows(num_rows(batch))
         watch = sweep is not None and sweep.route == "one_backward"
         sinks = make_sinks(params, sweep.paths, sweep.sink) if watch else {}
 
@@ -205,6 +234,7 @@ def _accumulate(loss_fn, params, batches, lens: Lens):
 
         both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         (loss, taps), (grads, cotangents) = both(params, sinks)
+        _check_taps(probes, taps, batch)
         found = cotangents | _mapped(loss_fn, sweep, params, batch)
         return loss, grads, Evidence(params, taps, found)
 
@@ -214,7 +244,7 @@ def _accumulate(loss_fn, params, batches, lens: Lens):
         totals = total_loss + loss, jax.tree.map(jnp.add, total_grads, grads)
         return (totals, _update(probes, states, evidence)), None
 
-    num_batches = _rows(batches)
+    num_batches = num_rows(batches)
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     totals, states = _visit_all(
         visit, batches, lambda batch: one_pass(batch)[2], params, probes, start
@@ -230,16 +260,16 @@ def _visit_all(visit, batches, look, params, probes, start):
     zero = jax.tree.leaves(start)[0]  # of the loss; see measure_lens
     empty = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), _init(probes, shapes))
     carry = start, empty
-    if _rows(batches) == 1:
+    if num_rows(batches) == 1:
         return visit(carry, first)[0]
     return jax.lax.scan(visit, carry, batches)[0]
 
 
 def _objective(loss_fn, sweep: Sweep | None, params, batch, sinks):
     if not sinks:
-        return loss_fn(params, batch)
+        return call_loss(loss_fn, params, batch)
     linear = observed_linear(sinks, sweep.sink)
-    result = loss_fn(params, batch, linear)
+    result = call_loss(loss_fn, params, batch, linear)
     check_uses(linear, sweep.sink)
     return result
 

@@ -5,10 +5,63 @@ block 3; a site is a tap that is measured. A parameter path is the slash-joined 
 `h_3/attn/c_q/kernel`. Both are plain strings and are the only things the lens knows of a model.
 """
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def call_loss(loss_fn: Callable, params: Any, batch: Any, *linear) -> tuple[jax.Array, Mapping]:
+    """loss_fn(params, batch, *linear), checked to be a scalar loss and a dict of taps."""
+    try:
+        inspect.signature(loss_fn).bind(params, batch, *linear)
+    except TypeError as error:
+        more = ", linear" if linear else ""
+        raise ValueError(f"the lens calls loss_fn(params, batch{more}): {error}") from None
+    result = loss_fn(params, batch, *linear)
+    two = isinstance(result, tuple) and len(result) == 2
+    if not two or not isinstance(result[1], Mapping) or jnp.ndim(result[0]):
+        raise ValueError(
+            f"loss_fn returned {jax.tree.map(jnp.shape, result)} in shapes: give (loss, taps), a "
+            f"scalar and a dict of arrays (B, ..., D), which may be empty"
+        )
+    return result
+
+
+def num_rows(batch: Any, axis: int = 0) -> int:
+    """Rows of a batch; raises ValueError where its leaves differ in them or have none."""
+    rows = {leaf.shape[axis : axis + 1] for leaf in jax.tree.leaves(batch)}
+    if len(rows) != 1 or () in rows:
+        shapes = sorted({str(leaf.shape) for leaf in jax.tree.leaves(batch)})
+        raise ValueError(
+            f"a batch with leaves of shapes {', '.join(shapes)}: give every leaf the same rows in "
+            f"axis {axis}"
+        )
+    return rows.pop()[0]
+
+
+def check_taps(taps: Mapping[str, jax.Array], sites: Iterable[str], rows: int) -> None:
+    """Raises ValueError for a tap that is measured and is not (rows, ..., D)."""
+    for site, tap in select(taps, sites).items():
+        if tap.ndim < 2 or tap.shape[0] != rows:
+            raise ValueError(
+                f"tap {site!r} has shape {tap.shape} for a batch of {rows} rows: give (B, ..., D)"
+            )
+
+
+def check_trainable(params: Any, paths: Iterable[str] | None = None) -> None:
+    """Raises ValueError for a parameter (at one of the paths) that has no gradient."""
+    leaves = get_parameters(params, parameter_paths(params) if paths is None else paths)
+    for path, leaf in leaves.items():
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"the parameter at {path!r} is {dtype}, which has no gradient: make it a "
+                f"static field, or keep it out of params"
+            )
 
 
 def select(taps: Mapping[str, jax.Array], sites: Iterable[str]) -> dict[str, jax.Array]:

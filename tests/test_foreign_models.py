@@ -17,9 +17,15 @@ import optax
 import pytest
 from flax import nnx
 
-from lens_jax.lens import ProbeBatch, make_lens
+from lens_jax.lens import ProbeBatch, make_lens, split_windows
 from lens_jax.probes import NORM_EPS, spectra
-from lens_jax.step import init_state, make_measure_step, make_train_step, measured_value_and_grad
+from lens_jax.step import (
+    init_state,
+    make_measure_step,
+    make_train_step,
+    measure_lens,
+    measured_value_and_grad,
+)
 from lens_jax.taps import parameter_paths
 
 ROWS, TOKENS, WIDTH, HIDDEN = 8, 5, 6, 10
@@ -269,7 +275,7 @@ def test_rows_that_the_lens_was_not_made_for_are_refused():
     fewer = jax.tree.map(lambda leaf: leaf[:5], BATCH)
     with pytest.raises(ValueError, match="made for windows=8, the data has 5"):
         run(plain_loss, plain_params(), fewer, activations=("out",))
-    with pytest.raises(ValueError, match="a pass of 5 rows, where the lens has 8 samples a pass"):
+    with pytest.raises(ValueError, match="a pass of 5 rows, where the lens has 8 a pass"):
         run(plain_loss, plain_params(), fewer, gradients=("first/kernel",))
     lens = make_lens(windows=ROWS, activations=("out",))
     with pytest.raises(ValueError, match="made for windows=8, the data has 5"):
@@ -281,9 +287,10 @@ def test_a_loss_without_taps_is_refused(what):
     def bare(params, batch):
         return plain_loss(params, batch)[0]
 
-    with pytest.raises((TypeError, ValueError)):
+    said = r"loss_fn returned \(\) in shapes: give \(loss, taps\)"
+    with pytest.raises(ValueError, match=said):
         run(bare, plain_params(), **what)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(ValueError, match=said):
         measured_value_and_grad(bare, make_lens(windows=ROWS, **what))(plain_params(), BATCH)
 
 
@@ -306,9 +313,9 @@ def test_a_leaf_that_is_no_real_number_is_measured_around_and_not_trained():
         if array.endswith(("/out", "/first/kernel")) and not array.startswith("weight"):
             close(found[array.replace("first/kernel", "model/inside")], values, array)
     lens = make_lens(windows=ROWS, activations=("out",))
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(ValueError, match=r"parameter at 'count' is int.*has no gradient"):
         measured_value_and_grad(field_loss, lens)(counted, BATCH)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(ValueError, match=r"parameter at 'count' is int.*has no gradient"):
         run(field_loss, counted, gradients=("count",))
 
 
@@ -339,5 +346,43 @@ def test_a_leaf_of_any_shape_has_gradients_and_only_a_matrix_has_singular_values
     slope = 2 * out / (TOKENS * WIDTH * 4)
     rows = np.einsum("ntdk,ntdc->nkc", patches, slope).reshape(ROWS, -1)
     close(found["grad_singular_values/kernel"], np.linalg.svd(rows, compute_uv=False), "kernel")
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(ValueError, match=r"'kernel' has shape \(3, 3, 1, 4\), and singular values"):
         run(conv_loss, params, weights=("kernel",))
+
+
+def test_a_tap_without_the_rows_in_front_is_refused():
+    def turned(params, batch):
+        loss, taps = plain_loss(params, batch)
+        return loss, {"out": jnp.swapaxes(taps["out"], 0, 1), "flat": taps["out"].reshape(-1)}
+
+    for site, shape in (("out", f"{TOKENS}, {ROWS}, "), ("flat", "")):
+        with pytest.raises(ValueError, match=rf"tap '{site}' has shape \({shape}.* of {ROWS} rows"):
+            run(turned, plain_params(), activations=(site,))
+
+
+def test_what_would_be_measured_wrongly_is_refused():
+    def two(params, batch):
+        return plain_loss(params, batch)
+
+    kernel = ("first/kernel",)
+    with pytest.raises(ValueError, match="route='vmapgrad': give one of one_backward, vmap_grad"):
+        make_lens(windows=ROWS, gradients=kernel, route="vmapgrad")
+    with pytest.raises(ValueError, match="activations='out' is one name: give a list"):
+        make_lens(windows=ROWS, activations="out")
+    lens = make_lens(windows=ROWS, gradients=kernel, route="one_backward")
+    with pytest.raises(ValueError, match=r"the lens calls loss_fn\(params, batch, linear\)"):
+        measure_lens(two, lens, plain_params(), ProbeBatch(BATCH))
+    with pytest.raises(ValueError, match=r"a probe set is a ProbeBatch\(batch\)"):
+        measure_lens(plain_loss, lens, plain_params(), BATCH)
+    half = jax.tree.map(lambda leaf: leaf[: ROWS // 2], BATCH)
+    with pytest.raises(ValueError, match=f"a pass of {ROWS // 2} rows, where the lens has {ROWS}"):
+        measure_lens(plain_loss, lens, plain_params(), ProbeBatch(half))
+    with pytest.raises(ValueError, match="rows are not 6 samples and whole chunks of 3"):
+        split_windows(BATCH, 6, 3)
+    with pytest.raises(ValueError, match="give every leaf the same rows"):
+        split_windows(BATCH | {"x": BATCH["x"][:3]}, 2, 1)
+    tx = optax.sgd(0.1)
+    step = make_train_step(plain_loss, tx, lens)
+    state = init_state(plain_params(), tx)
+    with pytest.raises(ValueError, match="give batches a leading axis of micro-batches"):
+        step(state, BATCH, ProbeBatch(BATCH), measure=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lens_jax.fits import fit_power_law, gradient_noise_scale, jsd, rankme
-from lens_jax.jackknife import alpha_error, expected_jsd, jackknife, jsd_null
+from lens_jax.jackknife import alpha_error, estimate, expected_jsd, jackknife, jsd_null
 
 GROUPS, WIDTH = 16, 12
 
@@ -154,3 +154,14 @@ def test_what_is_not_halves_or_replicates_is_refused():
     for shape in [(1, 8), (8,)]:
         with pytest.raises(ValueError, match=r"give \(G, D\) with G >= 2"):
             expected_jsd(np.ones(shape))
+
+
+def test_an_estimate_is_the_statistic_and_its_jackknife_error():
+    rng = np.random.default_rng(0)
+    arrays = {"s/a": rng.random(5), "s_left_out/a": rng.random((4, 5)), "t/a": np.float64(2.0)}
+    value, error = estimate(np.sum, arrays, "a", "s")
+    assert value == pytest.approx(arrays["s/a"].sum())
+    assert error == pytest.approx(jackknife(np.sum, arrays["s_left_out/a"]))
+    value, error = estimate(lambda s, t: s.sum() * t, arrays, "a", "s", "t")
+    assert value == pytest.approx(2 * arrays["s/a"].sum())
+    assert math.isnan(error)  # t was never left out

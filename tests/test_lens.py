@@ -345,7 +345,7 @@ def test_bad_requests_are_named(problem):
     with pytest.raises(ValueError, match="made for windows=7, the data has 8"):
         measure_lens(small_loss, lens, params, ProbeBatch(batch))
     lens = make_lens(windows=SAMPLES - 1, gradients=PATHS)
-    with pytest.raises(ValueError, match="a pass of 8 rows, where the lens has 7 samples"):
+    with pytest.raises(ValueError, match="a pass of 8 rows, where the lens has 7 a pass"):
         measure_lens(small_loss, lens, params, ProbeBatch(batch))
     with pytest.raises(ValueError, match="pieces=2 of a row are samples to route='one_backward'"):
         make_lens(windows=SAMPLES, pieces=2)
