@@ -209,10 +209,16 @@ def scale_ranks(first: int, last: int, width: int) -> tuple[int, int]:
     return low, high
 
 
-def rankme(values) -> float:
+GRAM_FLOOR = 2.0**-11.5
+"""Singular values by way of a float32 Gram matrix are rounding below this share of the largest."""
+
+
+def rankme(values, floor: float = 0.0) -> float:
     """Returns exp(-sum p ln p) with p = s / sum s: the number of directions a spectrum fills.
 
-    Between 1 and the number of values; negative rounding counts as 0; NaN for all zeros. What it
+    Between 1 and the number of values; negative rounding counts as 0, as do values below `floor`
+    times the largest; NaN for all zeros. Give GRAM_FLOOR for per-sample gradients that are almost
+    of low rank: many values that are nothing but rounding would fill directions. What it
     means depends on what is passed, and three uses are told apart by name:
     RankMe_lambda: eigenvalues of a covariance (primary for activations);
     RankMe_sigma: singular values, or square roots of eigenvalues (`rankme_sigma`; primary for
@@ -220,7 +226,8 @@ def rankme(values) -> float:
     last-token RankMe: eigenvalues of the covariance of each sequence's last token
     (arXiv 2509.23024).
     """
-    shares = ranked_shares(values)
+    spectrum = _ranked(values)
+    shares = ranked_shares(np.where(spectrum < floor * spectrum[:1], 0.0, spectrum))
     if shares is None:
         return float("nan")
     present = shares[shares > 0]

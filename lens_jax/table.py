@@ -18,6 +18,7 @@ import numpy as np
 
 from lens_jax.comparisons import subspace_overlap
 from lens_jax.fits import (
+    GRAM_FLOOR,
     REFERENCE_WIDTH,
     fit_alpha_req,
     fit_power_law,
@@ -193,8 +194,11 @@ def _weight(arrays: Arrays, meta: dict, tier: str | None) -> dict[str, Statistic
 
 
 def _shares(kind: str, ending: str, spectrum, left_out) -> dict[str, Statistic]:
+    floor = GRAM_FLOOR if kind == "grad" else 0.0
     return {
-        f"{kind}_rankme_sigma{ending}": _statistic(rankme, spectrum, left_out=left_out),
+        f"{kind}_rankme_sigma{ending}": _statistic(
+            lambda values: rankme(values, floor), spectrum, left_out=left_out
+        ),
         f"{kind}_top10_share{ending}": _statistic(
             lambda values: topk_share(values, 10), spectrum, left_out=left_out
         ),

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from lens_jax.fits import (
+    GRAM_FLOOR,
     PAPER_WINDOWS,
     fit_alpha_req,
     fit_power_law,
@@ -203,6 +204,13 @@ def test_planted_rank_is_the_rankme(rank):
     values = np.r_[np.full(rank, 3.0), np.zeros(50 - rank)]
     assert rankme(values) == pytest.approx(rank)
     assert rankme_sigma(values) == pytest.approx(rank)
+
+
+def test_rounding_below_a_floor_fills_no_direction():
+    values = np.concatenate([np.ones(4), np.full(252, 1e-4)])
+    assert rankme(values) > 4.1
+    assert rankme(values, GRAM_FLOOR) == pytest.approx(4)
+    assert rankme(values[:4], GRAM_FLOOR) == rankme(values[:4])
 
 
 def test_rankme_against_a_loop():
