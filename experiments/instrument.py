@@ -74,15 +74,18 @@ class Instrument:
                 )
         return self._names <= arrays.keys()
 
-    def measure(self, params: Any, meta: dict[str, Any]) -> float:
+    def measure(self, params: Any, meta: dict[str, Any]) -> float | None:
         """Measure parameters (NumPy arrays); the record follows. Returns the loss of the samples.
+
+        It is None where only weights are measured.
 
         Arrays that the step's record already has and this measurement lacks are kept.
         """
         params = jax.device_put(params, replicated(self._mesh))
         batch = probe_at(self._probe_batch, self._mesh, meta["window_tokens"])
         summaries, loss = self._measure(params, batch)
-        meta["probe_loss"] = float(loss)
+        if loss is not None:
+            meta["probe_loss"] = float(loss)
         path = step_path(self.folder, meta["step"])
 
         def pending():
@@ -90,7 +93,7 @@ class Instrument:
             return earlier | spectra(summaries)
 
         self._writer.submit(meta["step"], meta, pending)
-        return meta["probe_loss"]
+        return meta.get("probe_loss")
 
 
 def _expected_names(config: RunConfig) -> set[str]:

@@ -175,8 +175,9 @@ def _measure_all(instrument: Instrument, targets: list[Target]) -> None:
         loss = instrument.measure(target.read(), meta)
         took = time.monotonic() - began
         print(
-            f"step {target.step:,} ({target.tokens:,} tokens): probe loss {loss:.4f}, "
-            f"{done} of {len(todo)}, ETA {took / done * (len(todo) - done):.0f} s",
+            f"step {target.step:,} ({target.tokens:,} tokens): "
+            + (f"probe loss {loss:.4f}, " if loss is not None else "")
+            + f"{done} of {len(todo)}, ETA {took / done * (len(todo) - done):.0f} s",
             flush=True,
         )
 

@@ -66,7 +66,8 @@ def make_train_step(
         loss, grads, measured = _accumulate(loss_fn, state.params, batches, inside)
         seen = {}
         if measure and probe_data == "fixed":
-            measured, seen["probe_loss"] = measure_lens(loss_fn, lens, state.params, probe_batch)
+            measured, loss_there = measure_lens(loss_fn, lens, state.params, probe_batch)
+            seen = {} if loss_there is None else {"probe_loss": loss_there}
         if eigen == "graph":
             measured = spectra(measured, jnp)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -108,20 +109,21 @@ def measured_value_and_grad(loss_fn: Callable, lens: Lens) -> Callable:
 
 def measure_lens(
     loss_fn: Callable, lens: Lens, params: Any, probe_batch: ProbeBatch
-) -> tuple[dict[str, Any], jax.Array]:
+) -> tuple[dict[str, Any], jax.Array | None]:
     """Summaries of every probe of the lens on a probe set, and the mean loss of its samples.
 
-    One forward and backward pass over the samples serves all matrices of a sweep, and the first
-    one's forward the activations too; no other gradient of a parameter is formed.
+    A lens on weights alone looks at no data, and its loss is None. One forward and backward pass
+    over the samples serves all matrices of a sweep, and the first one's forward the activations
+    too; no other gradient of a parameter is formed.
     """
+    if not lens.sweeps and all(probe.needs == "params" for probe in lens.probes):
+        states = _init(lens.probes, Evidence(params))
+        return _summarize(lens.probes, states), None
     if not isinstance(probe_batch, ProbeBatch):
         raise ValueError("a probe set is a ProbeBatch(batch), or what split_windows makes of one")
-    more = (
-        0
-        if probe_batch.more is None
-        else num_rows(probe_batch.more) * num_rows(probe_batch.more, 1)
-    )
-    lens.check_windows(num_rows(probe_batch.samples) + more)
+    samples, more = probe_batch
+    more_rows = 0 if more is None else num_rows(more) * num_rows(more, 1)
+    lens.check_windows(num_rows(samples) + more_rows)
     first, *others = lens.sweeps or (None,)
     zero = jnp.zeros(())
     summaries, loss = _sweep(loss_fn, lens, first, lens.probes, params, probe_batch, zero)

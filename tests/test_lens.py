@@ -298,6 +298,18 @@ def test_a_step_that_is_not_finite_changes_nothing(problem):
     jax.tree.map(np.testing.assert_array_equal, new.params, params)
 
 
+def test_weights_alone_need_no_data(problem):
+    params, _ = problem
+    lens = make_lens(windows=1, weights=PATHS)
+
+    def never(params, batch):
+        raise AssertionError("the model was run")
+
+    summaries, loss = make_measure_step(never, lens)(params, None)
+    assert loss is None
+    assert summaries.keys() == {f"weight/{path}" for path in PATHS}
+
+
 def test_a_step_of_ones_own_is_measured_in_its_own_passes(problem):
     params, batch = problem
     measured = jax.jit(measured_value_and_grad(small_loss, full_lens()))
