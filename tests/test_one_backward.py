@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny_models import LAYERS, VOCAB, TinyModel, flat, quick_compiler, random_tokens, tiny_model
 
@@ -10,7 +11,7 @@ from lens_jax.gradients import per_sample_gradients
 from lens_jax.lens import ProbeBatch, make_lens
 from lens_jax.probes import spectra
 from lens_jax.spectra import gram_with_mean
-from lens_jax.step import make_measure_step
+from lens_jax.step import init_state, make_measure_step, make_train_step
 from models.ladder import LADDER
 
 RUNGS = [rung.name for rung in LADDER if rung.name != "lswa_adam"]  # lswa, but for the optimizer
@@ -24,9 +25,9 @@ def _quick_compiler():
         yield
 
 
-def one_backward(model: TinyModel, paths, params) -> dict[str, np.ndarray]:
-    """Gram matrices from the sinks of one pass over all samples."""
-    lens = make_lens(windows=SAMPLES, gradients=paths, route="one_backward")
+def one_backward(model: TinyModel, paths, params, **settings) -> dict[str, np.ndarray]:
+    """Gram matrices from the sinks of one pass over all samples, or of several."""
+    lens = make_lens(windows=SAMPLES, gradients=paths, route="one_backward", **settings)
     batch = ProbeBatch({"tokens": random_tokens(SAMPLES)})
     summaries, loss = make_measure_step(model.loss_fn, lens)(params, batch)
     assert np.isfinite(float(loss))
@@ -90,6 +91,29 @@ def test_one_backward_is_every_samples_own(rung):
         centred = rows[path] - rows[path].astype(np.float64).mean(0)
         values = np.linalg.svd(centred, compute_uv=False)[: SAMPLES - 1]
         close(found[f"grad_singular_values_centred/{path}"][: SAMPLES - 1], values, path)
+
+
+def test_passes_and_sweeps_add_up_to_every_samples_own():
+    model = tiny_model("attnscale")
+    paths = ("h_0/attn/c_q/kernel", "h_0/mlp/c_proj/kernel", "h_3/mlp/c_proj/kernel")
+    rows = looped(model, model.shaken)
+    for settings in ({"chunk": 1}, {"chunk": 2, "sweeps": 2}):
+        summaries = one_backward(model, paths, model.shaken, **settings)
+        for path in paths:
+            close(summaries[f"grad/{path}"], gram64(rows[path]), f"{path}, {settings}")
+
+
+def test_micro_batches_that_train_show_every_samples_own():
+    """Accumulated gradients: four micro-batches of a row each."""
+    model = tiny_model("attnscale")
+    path = "h_3/mlp/c_proj/kernel"
+    lens = make_lens(windows=SAMPLES, gradients=(path,), chunk=1, route="one_backward")
+    tx = optax.sgd(0.1)
+    step = make_train_step(model.loss_fn, tx, lens, probe_data="batch")
+    state = init_state(jax.tree.map(jax.numpy.copy, model.shaken), tx)
+    batches = {"tokens": random_tokens(SAMPLES)[:, None]}
+    _, _, measured = step(state, batches, None, measure=True)
+    close(measured[f"grad/{path}"], gram64(looped(model, model.shaken)[path]), path)
 
 
 def test_the_sink_of_a_tied_head_holds_its_use_as_head():
