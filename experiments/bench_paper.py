@@ -19,7 +19,7 @@ from experiments.bench_steps import PROBE_DATA, Bench, Program, compile_program
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.config import PROBES, probed_layers
 from experiments.loss import make_loss
-from experiments.probe_set import run_lens
+from experiments.probe_set import run_lens, split_samples
 from experiments.setup import compute_dtype
 from lens_jax.probes import NORM_EPS
 from lens_jax.taps import get_parameters, replace_parameters
@@ -151,8 +151,8 @@ def paper_way(bench: Bench, data: str, layers: int | None) -> PaperWay:
     """The released procedure on the fixed probe set or on the training batch's rows."""
     config = bench.config
     if data == "fixed":
-        windows = bench.held.probe
-        samples, chunk = windows[: config.probes.gradient_windows], config.probes.chunk
+        windows, chunk = bench.held.probe, config.probes.chunk
+        samples, _ = split_samples(config, windows)
     else:
         windows = np.asarray(bench.batches["tokens"]).reshape(-1, config.row + 1)
         samples, chunk = windows, 1

@@ -106,16 +106,21 @@ def place_probe_set(config: RunConfig, windows: np.ndarray, mesh) -> ProbeBatch:
     Of a set that is spread over the text, so are the gradient samples, and so is every pass.
     """
     spread, chunk = config.data.probe_spread, config.probes.chunk
-    chosen = np.arange(config.probes.gradient_windows)
-    if spread:
-        chosen = chosen * len(windows) // len(chosen)
-    samples, rest = windows[chosen], np.delete(windows, chosen, axis=0)
+    samples, rest = split_samples(config, windows)
     samples = _in_passes(samples, max(1, len(samples) // chunk), spread).reshape(samples.shape)
     samples = {"tokens": place_rows(mesh, samples, axis=0)}
     if not len(rest):
         return ProbeBatch(samples)
     rest = _in_passes(rest, len(rest) // chunk, spread)
     return ProbeBatch(samples, {"tokens": place_rows(mesh, rest, axis=1)})
+
+
+def split_samples(config: RunConfig, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The windows that are gradient samples, and the others, both in the order of the text."""
+    chosen = np.arange(config.probes.gradient_windows)
+    if config.data.probe_spread:
+        chosen = chosen * len(windows) // len(chosen)
+    return windows[chosen], np.delete(windows, chosen, axis=0)
 
 
 def _in_passes(windows: np.ndarray, passes: int, spread: bool) -> np.ndarray:
