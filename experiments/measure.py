@@ -18,6 +18,7 @@ from typing import Literal
 import chz
 
 from experiments.config import RunConfig
+from experiments.host_threads import one_blas_thread
 from experiments.resolve import from_flat, own_words, read_stored, resolve_here
 from models.command_line import (
     Layer,
@@ -90,6 +91,7 @@ class MeasureConfig:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
+    one_blas_thread()
     if {"-h", "--help"} & set(argv):
         print(help_page(__doc__, MeasureConfig, {}, {}))
         print("  and keys of a run, with their meaning in python -m experiments.train --help")

@@ -10,6 +10,7 @@ same command again goes on where the run stopped, and a finished run is only rep
 
 import chz
 
+from experiments.host_threads import one_blas_thread
 from experiments.resolve import (
     describe_layers,
     help_text,
@@ -27,6 +28,7 @@ FREE_ON_RESUME = ("out", "resume", "attention", "remat")
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
+    one_blas_thread()
     if any(word in ("-h", "--help") for word in argv):
         rest = [word for word in argv if word not in ("-h", "--help")]
         print(help_text(__doc__, parse_command(rest)))
