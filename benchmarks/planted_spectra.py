@@ -36,7 +36,6 @@ a known limit does not. Ratios of few draws= scatter, as their table says. The d
 after every section.
 """
 
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +45,7 @@ from typing import Any
 import chz
 
 from experiments.atomic_files import write_json
+from experiments.host_threads import one_blas_thread
 from models.command_line import (
     Layer,
     build,
@@ -107,8 +107,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_page(__doc__, PlantedConfig, {}, flatten(plan)))
         return 0
-    # Several threads in one small eigen-problem wait for one another; the draws have a thread each.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_blas_thread()  # the draws have a thread each
     from first_gpu import environment
     from planted_sections import SECTIONS
 

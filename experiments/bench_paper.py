@@ -21,7 +21,7 @@ from experiments.config import PROBES, probed_layers
 from experiments.loss import make_loss
 from experiments.probe_set import run_lens, split_samples
 from experiments.setup import compute_dtype
-from lens_jax.probes import NORM_EPS
+from lens_jax.probes import rms_normalise
 from lens_jax.taps import get_parameters, replace_parameters
 from models.gpt import GPT
 
@@ -80,10 +80,7 @@ class PaperWay:
         return jax.grad(loss)(get_parameters(params, [path]))[path]
 
     def _activations(self, site, params, tokens):
-        x = self.loss_fn(params, {"tokens": tokens})[1][site]
-        x = x.astype(jax.numpy.float32)
-        square = jax.numpy.mean(x * x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(square + NORM_EPS)
+        return rms_normalise(self.loss_fn(params, {"tokens": tokens})[1][site])
 
     def gradients(self) -> Outcome:
         """A gradient at a time, copied to the host, and an SVD of each matrix of them."""

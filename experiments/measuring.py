@@ -19,9 +19,9 @@ from experiments.resolve import from_flat, read_stored, sized_by
 from experiments.schedule import make_schedule
 from experiments.setup import hold_out
 from lens_jax.fits import fit_power_law, rankme
-from lens_jax.jackknife import alpha_error, jackknife
+from lens_jax.jackknife import estimate
 from lens_jax.records import read_step, step_path
-from lens_jax.saved_run import display_windows
+from lens_jax.saved_run import depth, display_windows, layer_name
 from lens_jax.show import draw_run
 from models.command_line import UsageError, flatten
 from models.published import load_published
@@ -29,6 +29,8 @@ from models.windows import widest_window, window_at
 
 if TYPE_CHECKING:
     from experiments.measure import MeasureConfig
+
+EIGENVALUES = "act_cov_eigenvalues"
 
 
 class Target(NamedTuple):
@@ -109,7 +111,19 @@ def run_targets(plan: "MeasureConfig", stored: RunConfig, files: TokenFiles) -> 
             f"run={folder} was trained on {data}, not on {files.name}; bring that data back, or "
             f"name its shards with data="
         )
-    return [_run_target(folder, checkpoints, stored, step) for step in steps]
+    rows = read_metrics(folder / "metrics.jsonl")
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
+    window_steps = make_schedule(stored).window_steps
+    return [
+        Target(
+            step,
+            step * stored.tokens_per_step,
+            window_at(stored.arch, stored.size, step, window_steps),
+            {"val_loss": losses[step]} if step in losses else {},
+            partial(checkpoints.restore_numpy, step, "params"),
+        )
+        for step in steps
+    ]
 
 
 def _nearest(steps: list[int], wanted: float) -> int:
@@ -117,18 +131,6 @@ def _nearest(steps: list[int], wanted: float) -> int:
     if wanted < 1 and 0 in steps:
         return 0
     return min((step for step in steps if step), key=lambda step: abs(np.log(step / wanted)))
-
-
-def _run_target(folder: Path, checkpoints: Checkpoints, stored: RunConfig, step: int) -> Target:
-    window = window_at(stored.arch, stored.size, step, make_schedule(stored).window_steps)
-    losses = {
-        row["step"]: row["loss"]
-        for row in read_metrics(folder / "metrics.jsonl")
-        if row["kind"] == "val"
-    }
-    facts = {"val_loss": losses[step]} if step in losses else {}
-    read = partial(checkpoints.restore_numpy, step, "params")
-    return Target(step, step * stored.tokens_per_step, window, facts, read)
 
 
 def file_target(plan: "MeasureConfig", config: RunConfig) -> Target:
@@ -194,32 +196,33 @@ def _print_results(folder: Path, steps: list[int], tier: str) -> None:
         print(f"records in {folder}")
         return
     table = Table("step", "tokens", "probe loss", box=box.SIMPLE)
-    window = next(iter(display_windows(tier, len(rows[0][1][site])).values()))
-    layer = site.split("/")[1]
-    table.add_column(f"alpha {window[0]}-{window[1]}, {layer}")
-    table.add_column(f"RankMe, {layer}")
+    width = len(rows[0][1][f"{EIGENVALUES}/{site}"])
+    window = next(iter(display_windows(tier, width).values()))
+    table.add_column(f"alpha {window[0]}-{window[1]}, {layer_name(site)}")
+    table.add_column(f"RankMe, {layer_name(site)}")
+
+    def alpha(spectrum):
+        return fit_power_law(spectrum, *window).alpha
+
     for meta, arrays in rows:
-        spectrum = arrays[site]
-        left_out = arrays.get(site.replace("eigenvalues", "eigenvalues_left_out"))
-        alpha, rank = fit_power_law(spectrum, *window).alpha, rankme(spectrum)
-        errors = ("", "")
-        if left_out is not None:
-            errors = (
-                f" ± {alpha_error(left_out, *window):.3f}",
-                f" ± {jackknife(rankme, left_out):.2f}",
-            )
         table.add_row(
             f"{meta['step']:,}",
             f"{meta['tokens']:,}",
             f"{meta['probe_loss']:.4f}" if "probe_loss" in meta else "",
-            f"{alpha:.3f}{errors[0]}",
-            f"{rank:.2f}{errors[1]}",
+            _with_error(*estimate(alpha, arrays, site, EIGENVALUES), 3),
+            _with_error(*estimate(rankme, arrays, site, EIGENVALUES), 2),
         )
     Console().print(table)
     print(f"± is a jackknife error over groups of windows; records in {folder}")
 
 
 def _last_site(arrays: Mapping[str, np.ndarray]) -> str | None:
-    """Name of the activation eigenvalues of the last layer; None without activations."""
-    names = [name for name in arrays if name.startswith("act_cov_eigenvalues/")]
-    return max(names, key=lambda name: int(name.split("/")[1].removeprefix("h_")), default=None)
+    """Site of the activations of the last layer; None without activations."""
+    prefix = f"{EIGENVALUES}/"
+    sites = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
+    return max(sites, key=depth, default=None)
+
+
+def _with_error(value: float, error: float, digits: int) -> str:
+    """A number and its error, which is NaN where nothing was left out."""
+    return f"{value:.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")

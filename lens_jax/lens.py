@@ -26,10 +26,14 @@ class Sweep(NamedTuple):
     """
 
     probe: Probe
-    paths: tuple[str, ...]
     sink: Sink
     route: Route
     rows: int
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The kernels whose gradients it yields."""
+        return self.probe.reads
 
     def check_rows(self, count: int) -> None:
         """Raises ValueError unless a pass of `count` rows is what the sweep was made for."""
@@ -138,7 +142,7 @@ def make_lens(
     parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
     return Lens(
         tuple(probes),
-        tuple(Sweep(gradient_probe(part, sink, passes), part, sink, route, rows) for part in parts),
+        tuple(Sweep(gradient_probe(part, sink, passes), sink, route, rows) for part in parts),
         passes,
         windows if activations else None,
     )

@@ -97,7 +97,7 @@ def activation_probe(
         seen, state = state
         new = {}
         for site, tap in select(evidence.taps, sites).items():
-            vectors = _rms_normalise(tap) if normalise else tap
+            vectors = rms_normalise(tap) if normalise else tap
             new[site] = {"act": merge(state[site]["act"], vectors, seen)}
             if "act_last" in state[site]:
                 last = state[site]["act_last"]
@@ -113,7 +113,8 @@ def activation_probe(
     return Probe("activation", "taps", tuple(sites), init, update, summarize)
 
 
-def _rms_normalise(x: jax.Array) -> jax.Array:
+def rms_normalise(x: jax.Array) -> jax.Array:
+    """Every vector (..., D) over its root mean square, in float32 (protocol spec 1.2)."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
 
