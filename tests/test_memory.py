@@ -1,5 +1,6 @@
 """The memory command: its report on a tiny model, and its reading of a program's text."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -83,11 +84,13 @@ def _quick_compiler():
 def printed(tmp_path_factory):
     """What the command prints, and its JSON document."""
     out = tmp_path_factory.mktemp("memory") / "report.json"
+    gc.collect()  # arrays of earlier tests, or the count below would be of their garbage
     before = len(jax.live_arrays())
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr("builtins.print", lambda text: lines.append(text))
         assert main(tiny_words(out=out)) == 0
+    gc.collect()
     assert len(jax.live_arrays()) == before
     return "\n".join(lines), json.loads(out.read_text())
 
