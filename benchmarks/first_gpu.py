@@ -45,7 +45,7 @@ from typing import Any, Literal
 import chz
 from gpu_job import ABSENT, SIZES, Job, one_line, say
 
-from experiments.atomic_files import write_json
+from models.atomic_files import write_json
 from models.command_line import (
     Layer,
     UsageError,

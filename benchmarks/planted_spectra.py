@@ -44,8 +44,8 @@ from typing import Any
 
 import chz
 
-from experiments.atomic_files import write_json
 from experiments.host_threads import one_blas_thread
+from models.atomic_files import write_json
 from models.command_line import (
     Layer,
     build,

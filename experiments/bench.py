@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
     report = run_bench(plan, words, argv)
     print(json.dumps(report, indent=2, allow_nan=False))
     if plan.out is not None:
-        from experiments.atomic_files import write_json
+        from models.atomic_files import write_json
 
         write_json(plan.out, report)
     return 0

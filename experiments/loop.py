@@ -17,7 +17,6 @@ from importlib.metadata import version
 import jax
 import numpy as np
 
-from experiments.atomic_files import write_json
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
 from experiments.data import (
@@ -43,6 +42,7 @@ from lens_jax.probes import spectra
 from lens_jax.records import RecordWriter
 from lens_jax.show import draw_run
 from lens_jax.step import TrainState
+from models.atomic_files import write_json
 from models.command_line import UsageError, flatten
 from models.flops import flops_per_token
 from models.windows import widest_window, window_at

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.atomic_files import write_json
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
 from experiments.data import TokenFiles, cut_windows, held_out_stream, resolve_source
@@ -23,6 +22,7 @@ from lens_jax.jackknife import estimate
 from lens_jax.records import read_step, step_path
 from lens_jax.saved_run import depth, display_windows, layer_name
 from lens_jax.show import draw_run
+from models.atomic_files import write_json
 from models.command_line import UsageError, flatten
 from models.published import load_published
 from models.windows import widest_window, window_at

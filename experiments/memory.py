@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     report |= measure(config, plan.measured)
     print("\n".join(table(report)))
     if plan.out is not None:
-        from experiments.atomic_files import write_json
+        from models.atomic_files import write_json
 
         write_json(plan.out, report)
     return 0
@@ -235,7 +235,7 @@ def largest(made: Counter[Array]) -> list[tuple[Array, int]]:
 def arrays_of_pairs(arrays: Iterable[Array], config: RunConfig) -> list[str] | None:
     """Arrays of which two axes are the row or multiples of it; None where a width is as long."""
     size, row = config.size, config.row
-    widths = {size.n_embd, 4 * size.n_embd, size.vocab_size}
+    widths = {size.n_embd, size.mlp_width, size.vocab_size}
     if row in widths:
         return None
     found = [

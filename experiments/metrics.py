@@ -17,7 +17,7 @@ import numbers
 import os
 from pathlib import Path
 
-from experiments.atomic_files import write_bytes_atomic
+from models.atomic_files import write_bytes_atomic
 from models.command_line import UsageError
 
 _NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}

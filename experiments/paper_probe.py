@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.atomic_files import write_bytes_atomic
 from experiments.config import RunConfig
 from lens_jax.fits import fit_power_law
+from models.atomic_files import write_bytes_atomic
 
 GRADIENT_WINDOWS = 512
 FIRST_RANK, LAST_RANK = 30, 150

@@ -74,8 +74,9 @@ def _sweeps(config: RunConfig, paths: Sequence[str]) -> int:
     samples = config.probes.gradient_windows
     if config.probes.data == "batch" or samples <= config.probes.chunk:
         return 1
-    squares = sum(4 if "/mlp/" in path else 1 for path in paths)  # kernels, in units of width^2
-    kept = 4 * samples * squares * config.size.n_embd**2
+    size = config.size
+    across = sum(size.mlp_width if "/mlp/" in path else size.n_embd for path in paths)
+    kept = 4 * samples * across * size.n_embd  # bytes
     return max(1, min(len(paths), -(-kept // KEPT_GRADIENT_BYTES)))
 
 

@@ -17,13 +17,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from experiments.atomic_files import (
+from experiments.metrics import MetricsFile, read_metrics
+from models.atomic_files import (
     is_unfinished,
     remove_unfinished,
     write_bytes_atomic,
     write_json,
 )
-from experiments.metrics import MetricsFile, read_metrics
 from models.command_line import UsageError
 
 __all__ = [

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.atomic_files import write_bytes_atomic
+from models.atomic_files import write_bytes_atomic
 from models.command_line import UsageError
 
 MAGIC = 20240520

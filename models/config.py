@@ -130,6 +130,7 @@ class SizeConfig:
     n_layer: int = 12
     n_head: int = 6
     n_embd: int = 768
+    mlp_ratio: int = chz.field(default=4, doc="width of an MLP's hidden layer over n_embd")
     vocab_size: int | None = chz.field(default=None, doc="none: as the data says (GPT-2: 50,304)")
     eot_token: int | None = chz.field(
         default=None, doc="token that opens a document; none: as the data says (GPT-2: 50,256)"
@@ -142,9 +143,13 @@ class SizeConfig:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_ratio * self.n_embd
+
     @chz.validate
     def _ranges(self):
-        for name in ("n_layer", "n_head", "n_embd", "block", "short_row", "long_row"):
+        for name in ("n_layer", "n_head", "n_embd", "mlp_ratio", "block", "short_row", "long_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"size.{name}={getattr(self, name)}: give at least 1")
         if self.vocab_size is not None and self.vocab_size < 2:

@@ -34,7 +34,7 @@ def flops_per_token(arch: ArchConfig, size: SizeConfig, tokens, window: int | No
     width = size.n_embd
     total = 6 * width * size.vocab_size
     for layer in layer_plan(arch, size.n_layer):
-        total += 6 * 8 * width**2
+        total += 6 * 2 * width * size.mlp_width
         if layer.attention:
             total += 6 * 4 * width**2 + 12 * width * keys[layer.long_window]
     return total

@@ -181,7 +181,8 @@ class MLP(nn.Module):
     def __call__(self, x, linear: Linear):  # (B, T, D) -> (B, T, D)
         init = Initializers(self.arch, self.size.n_layer)
         width = x.shape[-1]
-        hidden = Dense(4 * width, init.hidden, self.dtype, name="c_fc")(x, linear)  # (B, T, F)
+        hidden = Dense(self.size.mlp_width, init.hidden, self.dtype, name="c_fc")
+        hidden = hidden(x, linear)  # (B, T, F)
         hidden = jnp.square(nn.relu(hidden.astype(jnp.float32)))
         return Dense(width, init.proj, self.dtype, name="c_proj")(hidden, linear)
 

@@ -99,7 +99,8 @@ def test_every_field_is_read_in_models(cls, name):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(name):
                 read.add(node.attr)
     # rows are cut and ramps are timed by experiments.config and experiments.schedule
-    assert leaves(cls).keys() - read <= {"long_row", "row", "window_steps"}
+    # and mlp_ratio is read as mlp_width
+    assert leaves(cls).keys() - read <= {"long_row", "row", "window_steps", "mlp_ratio"}
 
 
 @pytest.mark.parametrize(

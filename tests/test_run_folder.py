@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import atomic_files
 from experiments.run_folder import RunFolder, check_run_name, write_bytes_atomic, write_json
+from models import atomic_files
 from models.command_line import UsageError
 
 ROOT = Path(__file__).parent.parent
