@@ -1,0 +1,104 @@
+"""When a run of the toy is measured, and how: the lens in spectra/, bands in features/."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import floor, log2
+from pathlib import Path
+from typing import Any
+
+import chz
+import numpy as np
+
+from lens_jax.lens import make_lens, split_windows
+from lens_jax.probes import spectra
+from lens_jax.records import write_step
+from lens_jax.step import make_measure_step
+from toy_modular.problem import Data, Problem
+from toy_modular.run_config import RunConfig
+from toy_modular.tasks import TASKS
+
+SUBSET_OFFSET = 505
+
+
+def is_due(step: int, eval_every: int, per_doubling: int) -> bool:
+    """Whether a step is on the logarithmic grid: 0, the first dispatch, then so many a doubling.
+
+    The grid is of dispatches, so that runs of batch sizes that are powers of two apart are measured
+    at equal tokens.
+    """
+    if per_doubling == 0:
+        return False
+    if step <= eval_every:
+        return True
+    now, before = (floor(per_doubling * log2(n / eval_every) + 1e-9) for n in (step, step - eval_every))
+    return now > before
+
+
+def measured_rows(train: Any, rows: int, seed: int) -> Any:
+    """The fixed training sequences of a seed's spectra, in the order of the data."""
+    count = len(next(iter(train.values())))
+    chosen = np.random.default_rng(seed + SUBSET_OFFSET).choice(count, rows, replace=False)
+    return {name: leaf[np.sort(chosen)] for name, leaf in train.items()}
+
+
+class Instrument:
+    """Measures one run into its folder."""
+
+    def __init__(self, config: RunConfig, problem: Problem, data: Data, folder: Path):
+        self._config, self._problem, self._folder = config, problem, folder
+        self._train = data.train
+
+    def look(
+        self, params: Any, at: dict, losses_before: Sequence[float], reason: str | None
+    ) -> None:
+        """Measures params if the step is due, if a level is crossed, or if the run ends.
+
+        at: {"step", "tokens", "val_loss"}; losses_before: validation losses of all steps before.
+        """
+        measure = self._config.measure
+        if measure.per_doubling == 0 or reason == "diverged":
+            return
+        least = min(losses_before, default=float("inf"))
+        crossed = [level for level in measure.levels if at["val_loss"] <= level < least]
+        due = is_due(at["step"], self._config.eval_every, measure.per_doubling)
+        if not (due or crossed or reason):
+            return
+        meta = at | {
+            "levels": crossed,
+            "sequences": measure.rows,
+            "gradient_samples": measure.samples,
+            "sample_tokens": self._config.tokens_per_step // (self._config.batch or self._config.train_rows),
+        }
+        write_step(self._folder / "spectra", at["step"], self._spectra(params), meta)
+        index = len(list((self._folder / "spectra").glob("step_*.npz"))) - 1
+        features = TASKS[self._config.task].make_features(self._shared())
+        if features is not None and (reason or crossed or index % measure.bands_every == 0):
+            arrays = features(params, reason is not None)
+            write_step(self._folder / "features", at["step"], arrays, meta)
+
+    def _shared(self) -> RunConfig:
+        """The configuration without what differs between members of one kind."""
+        return chz.replace(
+            self._config, seed=0, lr=1.0, target_loss=None, target_accuracy=None, stage=""
+        )
+
+    def _spectra(self, params: Any) -> dict[str, np.ndarray]:
+        measure, config = self._config.measure, self._config
+        rows = measured_rows(self._train, measure.rows, config.seed)
+        look = _measure_step(self._shared())
+        summaries, _ = look(params, split_windows(rows, measure.samples, measure.chunk))
+        return spectra(summaries)
+
+
+@lru_cache(maxsize=4)
+def _measure_step(config: RunConfig):
+    problem, measure = TASKS[config.task].make_problem(config), config.measure
+    lens = make_lens(
+        windows=measure.rows,
+        activations=problem.activations,
+        gradients=problem.gradients,
+        weights=problem.weights,
+        samples=measure.samples,
+        chunk=measure.chunk,
+    )
+    return make_measure_step(problem.loss, lens)

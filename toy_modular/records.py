@@ -1,0 +1,241 @@
+"""A folder of the toy study as it lies on disk: runs with their metrics, spectra and band tables.
+
+    STUDY/config.json, selected.json      the study's settings; the learning rate of each batch size
+    STUDY/runs/<name>/config.json         settings of one run, stage, batch and seed among them
+                     /metrics.jsonl       rows of kind train and val with step, tokens and loss
+                     /spectra/step_*.npz  lens_jax.records: spectra of the last position and more
+                     /features/step_*.npz the same format: mean h by state, a site for each band
+                     /result.json         how the run ended; not there while it has not
+
+Opening a study reads the small files. A step file is opened for its meta when the rows are asked
+for, and for an array when that array is, so a figure reads what it draws. Nothing here imports jax.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lens_jax.records import read_step
+
+_STEP_FILE = re.compile(r"step_\d{8,}\.npz")
+_BAND = re.compile(r"(\d+)_(\d+)")
+
+SPECTRUM = "act_cov_eigenvalues"
+LAST, MEAN, TOKENS = "final_norm/last", "final_norm/mean", "final_norm/tokens"
+PROXY = "residual_proxy/last"
+CURRENT, NEXT, LAW = "current", "next", "law"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured step of a run; `array` reads from its file."""
+
+    path: Path
+    step: int
+    tokens: int
+    val_loss: float
+    names: frozenset
+
+    def has(self, kind: str, site: str) -> bool:
+        """Tells whether an array was recorded."""
+        return f"{kind}/{site}" in self.names
+
+    def array(self, kind: str, site: str) -> np.ndarray:
+        """Reads one array; raises ValueError naming the file where it is absent or damaged."""
+        if not self.has(kind, site):
+            raise ValueError(f"{self.path}: no array {kind}/{site} in it; measure the run anew")
+        return _entries(self.path, f"{kind}/{site}")[1].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One densely measured run; `result` is empty as long as it has not ended."""
+
+    path: Path
+    stage: str
+    batch: int
+    seed: int
+    config: dict
+    result: dict
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to an end of its own, divergence included."""
+        return bool(self.result)
+
+    @cached_property
+    def train(self) -> dict[str, np.ndarray]:
+        """Columns step, tokens and loss of the training rows."""
+        return self._metrics["train"]
+
+    @cached_property
+    def val(self) -> dict[str, np.ndarray]:
+        """Columns step, tokens and loss of the validation rows."""
+        return self._metrics["val"]
+
+    @cached_property
+    def spectra(self) -> list[Row]:
+        """The steps at which spectra were measured, ascending."""
+        return _rows(self.path / "spectra")
+
+    @cached_property
+    def features(self) -> list[Row]:
+        """The steps at which the bands were probed, ascending."""
+        return _rows(self.path / "features")
+
+    @property
+    def bands(self) -> list[str]:
+        """Sites of the probed bands, `97_200` for states 0..96 at tokens 200..296."""
+        names = self.features[-1].names if self.features else ()
+        sites = [name.partition("/")[2] for name in names if name.startswith(f"{CURRENT}/")]
+        return sorted(sites, key=band_numbers)
+
+    @cached_property
+    def _metrics(self) -> dict[str, dict[str, np.ndarray]]:
+        path = self.path / "metrics.jsonl"
+        rows = _metrics_rows(path) if path.is_file() else []
+        return {
+            kind: {
+                key: np.array([row[key] for row in rows if row["kind"] == kind], np.float64)
+                for key in ("step", "tokens", "loss")
+            }
+            for kind in ("train", "val")
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's settings and runs; `unfinished` says of each run that has not ended why not."""
+
+    path: Path
+    config: dict
+    selected: dict
+    runs: tuple[Run, ...]
+    unfinished: tuple[str, ...]
+
+    def stage(self, stage: str) -> list[Run]:
+        """Returns the finished runs of a stage by batch, then seed."""
+        return [run for run in self.runs if run.stage == stage and run.finished]
+
+    def edges(self, stage: str) -> list[int]:
+        """Returns the batch sizes whose best learning rate lay at an end of its grid."""
+        batches = sorted({run.batch for run in self.runs if run.stage == stage})
+        return [b for b in batches if self.selected.get(f"{stage}/{b}", {}).get("edge")]
+
+
+def read_study(folder: str | Path) -> Study:
+    """Opens a study.
+
+    Runs that have not ended (no result.json, or no config.json yet) are told of in `unfinished` and
+    are no reason to stop. Raises ValueError with one line when the folder is missing or holds no
+    runs, and naming the file when one is damaged; a damaged step file is found when it is read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"study={folder}: no such folder")
+    if not (folder / "runs").is_dir():
+        raise ValueError(f"study={folder}: no study (no folder runs/ in it)")
+    runs, unfinished = [], []
+    for path in sorted(path for path in (folder / "runs").iterdir() if path.is_dir()):
+        if not (path / "config.json").is_file():
+            unfinished.append(f"{path.name}: has no config.json yet")
+            continue
+        run = _read_run(path)
+        runs.append(run)
+        if not run.finished:
+            unfinished.append(f"{run.name}: has no result.json yet")
+    if not runs:
+        raise ValueError(f"study={folder}: no run in {folder / 'runs'} has begun")
+    runs.sort(key=lambda run: (run.stage, run.batch, run.seed))
+    return Study(
+        folder,
+        _read_json(folder / "config.json", required=False),
+        _read_json(folder / "selected.json", required=False),
+        tuple(runs),
+        tuple(unfinished),
+    )
+
+
+def band_numbers(site: str) -> tuple[int, int]:
+    """Returns modulus and offset of a band's site; raises ValueError for another name."""
+    match = _BAND.fullmatch(site)
+    if not match:
+        raise ValueError(f"band {site}: give modulus_offset, for example 97_200")
+    return int(match[1]), int(match[2])
+
+
+def _read_run(path: Path) -> Run:
+    config = _read_json(path / "config.json")
+    values = {}
+    for key, kind in (("stage", str), ("batch", int), ("seed", int)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{path / 'config.json'}: no {key} in it, or no {kind.__name__}")
+        values[key] = config[key]
+    result = _read_json(path / "result.json", required=False)
+    if result and not {"step", "tokens", "crossing_tokens"} <= set(result):
+        raise ValueError(f"{path / 'result.json'}: lacks step, tokens or crossing_tokens")
+    return Run(path, config=config, result=result, **values)
+
+
+def _read_json(path: Path, *, required: bool = True) -> dict:
+    if not required and not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return tree
+
+
+def _metrics_rows(path: Path) -> list[dict]:
+    """Rows of kind train and val; a last line without its end was cut by a kill and is left out."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            if row["kind"] in ("train", "val"):
+                rows.append(
+                    {"kind": row["kind"]} | {k: float(row[k]) for k in ("step", "tokens", "loss")}
+                )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no metrics row ({error!r})") from error
+    return rows
+
+
+def _rows(folder: Path) -> list[Row]:
+    if not folder.is_dir():
+        return []
+    rows = []
+    for path in sorted(path for path in folder.iterdir() if _STEP_FILE.fullmatch(path.name)):
+        meta, _, names = _entries(path, None)
+        try:
+            loss = float("nan") if meta.get("val_loss") is None else float(meta["val_loss"])
+            rows.append(Row(path, int(meta["step"]), int(meta["tokens"]), loss, names))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: meta without step, tokens or val_loss") from error
+    return sorted(rows, key=lambda row: row.step)
+
+
+def _entries(path: Path, name: str | None) -> tuple[dict | None, np.ndarray | None, frozenset]:
+    """The meta of a step file, or one array of it, and the names in it; the rest stays unread."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = frozenset(archive.files)
+            if name is not None:
+                return None, archive[name], names
+            return json.loads(archive["meta"].tobytes().decode("utf-8")), None, names
+    # Whatever damage it is: reading the whole file says it in one line.
+    except Exception as error:
+        read_step(path)
+        raise ValueError(f"{path}: damaged ({error})") from error

@@ -1,0 +1,219 @@
+"""Training of members: dispatch after dispatch, with validation, target stop and measurements.
+
+After every dispatch the curve and the state of each member are on disk, so that a kill loses at
+most one dispatch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from toy_modular.measuring import Instrument
+from toy_modular.member_folder import MemberFolder
+from toy_modular.members import Member, make_program, stack, take
+from toy_modular.problem import Data
+from toy_modular.run_config import RunConfig
+from toy_modular.tasks import TASKS
+
+Note = Callable[[str], None]
+
+
+def train_members(
+    configs: Sequence[RunConfig],
+    folders: Sequence[str | Path],
+    *,
+    until: int | None = None,
+    note: Note = lambda text: None,
+) -> list[dict]:
+    """Trains members of one kind together, each from where its folder says it stands.
+
+    configs: differ in seed and lr only. until: the step at which they pause, max_steps by default,
+    where a member ends for good, as it does on its target or on a loss that is not finite.
+    Members are measured as config.measure says. Returns for every member its result, or for one
+    that has paused {"reason": "paused", "step", "tokens", "val_loss"}.
+    """
+    runs = _Runs(configs, folders)
+    until = configs[0].max_steps if until is None else min(until, configs[0].max_steps)
+    while runs.advance(until):
+        note(runs.describe(until))
+    return runs.results()
+
+
+@lru_cache(maxsize=4)
+def load_data(task: str, laws: Any, seed: int) -> Data:
+    """The data of a seed. `laws` is the configuration of which everything else is the default."""
+    del task, seed
+    return TASKS[laws.task].load_data(laws)
+
+
+class _Runs:
+    """Members in company, and what is known of each."""
+
+    def __init__(self, configs, folders):
+        self.configs = list(configs)
+        self.config = configs[0]
+        self.program = make_program(self.config)
+        seeds = sorted({config.seed for config in configs})
+        data = {config.seed: _data_of(config) for config in configs}
+        self.train = _stack_rows([data[seed].train for seed in seeds])
+        self.val = _stack_rows([data[seed].val for seed in seeds])
+        self.glance = jax.tree.map(lambda leaf: leaf[:, : self.config.eval_rows], self.val)
+        self.test = None
+        if data[seeds[0]].test is not None:
+            self.test = _stack_rows([data[seed].test for seed in seeds])
+        self.slots = np.array([seeds.index(config.seed) for config in configs], np.int32)
+        self.folders = [
+            MemberFolder(*pair) for pair in zip(folders, self.configs, strict=True)
+        ]
+        self.instruments = [
+            Instrument(config, self.program.problem, data[config.seed], folder.path)
+            for config, folder in zip(configs, self.folders, strict=True)
+        ]
+        self.ended = [folder.result for folder in self.folders]
+        self.members = stack([self._place(i) for i in range(len(configs))])
+        self.steps = [int(step) for step in np.asarray(self.members.step)]
+        self.curves = [f.rows(step) for f, step in zip(self.folders, self.steps, strict=True)]
+        self.began, self.done_before = time.monotonic(), sum(self.steps)
+        for i, step in enumerate(self.steps):
+            if step == 0 and not self.curves[i]:
+                self._record(i, train_loss=None, scores=self._scores(self.glance, i))
+
+    def _place(self, i: int) -> Member:
+        """Where a member stands on disk; one that has ended needs no true state any more."""
+        fresh = self.program.start(self.configs[i].seed)
+        restored = self.folders[i].restore(fresh)
+        return fresh if restored is None else restored
+
+    def advance(self, until: int) -> bool:
+        """One dispatch of all that have not paused or ended; False if there are none."""
+        alive = np.array(
+            [e is None and s < until for e, s in zip(self.ended, self.steps, strict=True)]
+        )
+        if not alive.any():
+            return False
+        rates = np.array([config.lr for config in self.configs], np.float32)
+        seeds = np.array([config.seed for config in self.configs], np.int32)
+        self.members, losses = self.program.advance(
+            self.members, rates, seeds, self.slots, alive, self.train
+        )
+        scores = self.program.evaluate(self.members.params, self.slots, self.glance)
+        losses, scores = jax.device_get((losses, scores))
+        for i in np.flatnonzero(alive):
+            self.steps[i] += self.config.eval_every
+            self._record(i, float(losses[i]), {k: float(v[i]) for k, v in scores.items()})
+        return True
+
+    def _record(self, i: int, train_loss: float | None, scores: dict) -> None:
+        """Takes in what a dispatch showed of a member; measures, ends and saves it."""
+        config, step = self.configs[i], self.steps[i]
+        at = {"step": step, "tokens": step * config.tokens_per_step}
+        rows = self.curves[i]
+        if self.program.problem.score_train:
+            rows.append({"kind": "train", **at, **self._scores(self.train, i)})
+        elif train_loss is not None:
+            rows.append({"kind": "train", **at, "loss": train_loss})
+        glanced = min(config.eval_rows, jax.tree.leaves(self.val)[0].shape[1])
+        reason = _ending(config, step, train_loss, scores)
+        if reason == "target":  # a glance may be lucky
+            scores = self._scores(self.val, i)
+            glanced = jax.tree.leaves(self.val)[0].shape[1]
+            reason = _ending(config, step, train_loss, scores)
+        before = [row["loss"] for row in rows if row["kind"] == "val"]
+        rows.append({"kind": "val", **at, **scores, "rows": glanced})
+        params = take(self.members.params, i)
+        self.instruments[i].look(params, at | {"val_loss": scores["loss"]}, before, reason)
+        self.folders[i].write_rows(rows)
+        if reason is not None:
+            self._end(i, reason, at)
+        self.folders[i].save(take(self.members, i))
+
+    def _end(self, i: int, reason: str, at: dict) -> None:
+        rows = self.curves[i]
+        seconds = time.monotonic() - self.began
+        result = {"reason": reason, **at, **{
+            f"val_{name}": value for name, value in self._scores(self.val, i).items()
+        }}
+        if self.test is not None:
+            scores = self._scores(self.test, i)
+            result |= {f"test_{name}": value for name, value in scores.items()}
+        reached = at["tokens"] if reason == "target" else None
+        crossing = crossing_tokens(rows, self.configs[i].target_loss) if reached else None
+        result |= {"tokens_to_target": reached, "crossing_tokens": crossing, "seconds": seconds}
+        self.ended[i] = result
+        self.folders[i].write_result(result)
+
+    def _scores(self, rows: Any, i: int) -> dict:
+        params = jax.tree.map(lambda leaf: leaf[i : i + 1], self.members.params)
+        found = self.program.evaluate(params, self.slots[i : i + 1], rows)
+        return {name: float(value[0]) for name, value in found.items()}
+
+    def results(self) -> list[dict]:
+        """How every member ended, or where it paused."""
+        return [
+            ended or {"reason": "paused", **_last(rows)}
+            for ended, rows in zip(self.ended, self.curves, strict=True)
+        ]
+
+    def describe(self, until: int) -> str:
+        """A line on how far the members are and when they may be there at the latest."""
+        going = [i for i, ended in enumerate(self.ended) if ended is None]
+        spent = time.monotonic() - self.began
+        done = sum(self.steps) - self.done_before
+        left = sum(until - self.steps[i] for i in going)
+        best = min(rows[-1]["loss"] for rows in self.curves)
+        return (
+            f"{self.config.stage} batch {self.config.batch}: step {max(self.steps)}/{until}, "
+            f"val loss {best:.3f}, {done * self.config.tokens_per_step / spent:,.0f} tok/s, "
+            f"{left * spent / max(done, 1):.0f} s left at most"
+        )
+
+
+def _data_of(config: RunConfig) -> Data:
+    laws = RunConfig(
+        task=config.task,
+        seed=config.seed,
+        batch=None,
+        banded=config.banded,
+        grok=config.grok,
+        rff=config.rff,
+        measure=config.measure,
+    )
+    return load_data(config.task, laws, config.seed)
+
+
+def _stack_rows(rows: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def _last(rows: list[dict]) -> dict:
+    row = [row for row in rows if row["kind"] == "val"][-1]
+    return {"step": row["step"], "tokens": row["tokens"], "val_loss": row["loss"]}
+
+
+def _ending(config: RunConfig, step: int, train_loss: float | None, scores: dict) -> str | None:
+    """Why a member ends here, None where it goes on."""
+    if not math.isfinite(scores["loss"]) or not math.isfinite(train_loss or 0.0):
+        return "diverged"
+    if config.target_loss is not None and scores["loss"] <= config.target_loss:
+        return "target"
+    if config.target_accuracy is not None and scores["accuracy"] >= config.target_accuracy:
+        return "target"
+    return "max_steps" if step >= config.max_steps else None
+
+
+def crossing_tokens(rows: Sequence[dict], target: float | None) -> float | None:
+    """Tokens at which the validation loss crosses the target, between its last two rows.
+
+    Linear in tokens; None without a target or a row above it.
+    """
+    seen = [(row["tokens"], row["loss"]) for row in rows if row["kind"] == "val"]
+    if target is None or len(seen) < 2:
+        return None
+    (t0, l0), (t1, l1) = seen[-2:]
+    return t0 + (t1 - t0) * (l0 - target) / (l0 - l1) if l0 > target >= l1 else None
