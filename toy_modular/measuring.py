@@ -30,7 +30,9 @@ def is_due(step: int, eval_every: int, per_doubling: int) -> bool:
         return False
     if step <= eval_every:
         return True
-    now, before = (floor(per_doubling * log2(n / eval_every) + 1e-9) for n in (step, step - eval_every))
+    now, before = (
+        floor(per_doubling * log2(n / eval_every) + 1e-9) for n in (step, step - eval_every)
+    )
     return now > before
 
 
@@ -67,7 +69,8 @@ class Instrument:
             "levels": crossed,
             "sequences": measure.rows,
             "gradient_samples": measure.samples,
-            "sample_tokens": self._config.tokens_per_step // (self._config.batch or self._config.train_rows),
+            "sample_tokens": self._config.tokens_per_step
+            // (self._config.batch or self._config.train_rows),
         }
         write_step(self._folder / "spectra", at["step"], self._spectra(params), meta)
         index = len(list((self._folder / "spectra").glob("step_*.npz"))) - 1

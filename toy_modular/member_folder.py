@@ -44,9 +44,7 @@ class MemberFolder:
         if not stored.exists():
             write_json(stored, wanted)
         elif self._json("config.json") != wanted:
-            raise UsageError(
-                f"{self.path} belongs to another configuration; choose another out="
-            )
+            raise UsageError(f"{self.path} belongs to another configuration; choose another out=")
 
     @property
     def result(self) -> dict | None:

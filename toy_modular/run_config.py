@@ -4,10 +4,12 @@ A run is a task, a model, an optimizer, a batch size, a seed and a rate. Learnin
 `optim` are multiples of `lr`, so that a search varies one number.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import chz
 
+from models.command_line import Layer, build
 from models.config import ArchConfig, SizeConfig
 from optim.config import OptimConfig
 from toy_modular.config import BandedConfig, GrokConfig, RffConfig
@@ -129,3 +131,16 @@ class RunConfig:
         """Positions with a target of their own in a step."""
         rows = self.train_rows if self.batch is None else self.batch
         return rows * {"banded": self.banded.seq_len, "grok": 1, "rff": 1}[self.task]
+
+
+def from_nested(tree: Mapping[str, Any]) -> RunConfig:
+    """A configuration from nested dictionaries of JSON values, as a member's config.json has it."""
+
+    def flat(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, tuple(value) if isinstance(value, list) else value
+
+    return build(RunConfig, [Layer("stored", dict(flat(tree)))])[0]

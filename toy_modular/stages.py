@@ -38,7 +38,9 @@ BASE = {
 
 STAGES = (
     Rung("baseline", "tied head, learned positions, AdamW", {}),
-    Rung("rope", "rotary positions; rider: QK norm", {"arch.position": "rope", "arch.qk_norm": True}),
+    Rung(
+        "rope", "rotary positions; rider: QK norm", {"arch.position": "rope", "arch.qk_norm": True}
+    ),
     Rung(
         "muon",
         "Muon on the matrices of the blocks; rider: weight decay 0.01 on all others",

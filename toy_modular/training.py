@@ -68,9 +68,7 @@ class _Runs:
         if data[seeds[0]].test is not None:
             self.test = _stack_rows([data[seed].test for seed in seeds])
         self.slots = np.array([seeds.index(config.seed) for config in configs], np.int32)
-        self.folders = [
-            MemberFolder(*pair) for pair in zip(folders, self.configs, strict=True)
-        ]
+        self.folders = [MemberFolder(*pair) for pair in zip(folders, self.configs, strict=True)]
         self.instruments = [
             Instrument(config, self.program.problem, data[config.seed], folder.path)
             for config, folder in zip(configs, self.folders, strict=True)
@@ -136,9 +134,11 @@ class _Runs:
     def _end(self, i: int, reason: str, at: dict) -> None:
         rows = self.curves[i]
         seconds = time.monotonic() - self.began
-        result = {"reason": reason, **at, **{
-            f"val_{name}": value for name, value in self._scores(self.val, i).items()
-        }}
+        result = {
+            "reason": reason,
+            **at,
+            **{f"val_{name}": value for name, value in self._scores(self.val, i).items()},
+        }
         if self.test is not None:
             scores = self._scores(self.test, i)
             result |= {f"test_{name}": value for name, value in scores.items()}

@@ -1,0 +1,228 @@
+"""A study of the toy as data, and the members it consists of; readable without importing jax.
+
+Precedence, whatever the order typed: defaults < stage < profile < typed keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import chz
+
+from models.command_line import (
+    Layer,
+    UsageError,
+    build,
+    cast_words,
+    check_path,
+    flatten,
+    leaves,
+    parse_words,
+)
+from toy_modular.published import RUNS
+from toy_modular.run_config import RunConfig
+from toy_modular.stages import CELLS, CORE, check_stages, stage_values
+from toy_modular.workers import Engine
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "rates": "published",
+        "batches": (32, 128, 512),
+        "seeds": (0,),
+        "stages": CORE,
+        "measure.bands": (
+            *("97:200", "179:50", "96:200", "98:200", "99:200", "180:50"),
+            *("12:3", "30:5"),
+        ),
+        "measure.bands_every": 3,
+        "measure.levels": (5.0, 4.0, 3.0, 2.5),
+    },
+    "laptop": {
+        "rates": "search",
+        "banded.vocab_size": 256,
+        "banded.seq_len": 32,
+        "size.n_embd": 64,
+        "measure.bands": ("53:60", "48:60", "49:60", "54:60", "12:3", "30:5"),
+        "measure.levels": (4.0, 3.0, 2.5),
+    },
+}
+"""What the published toy has, and a reduced tier that is ten times cheaper a sequence."""
+
+
+@chz.chz
+class StudyConfig:
+    """Which members a study has, and how they are trained."""
+
+    profile: Literal["laptop", "paper"] = chz.field(
+        default="laptop", doc="a reduced tier for two cores, or the published sizes"
+    )
+    stages: tuple[str, ...] = chz.field(
+        default=CORE, doc="stages of the ladder; cells: all cells of the factorial"
+    )
+    batches: tuple[int, ...] = chz.field(default=(32, 128, 512), doc="sequences a step")
+    cell_batches: tuple[int, ...] = chz.field(default=(128,), doc="the same for the factorial")
+    seeds: tuple[int, ...] = chz.field(default=(0,), doc="of data, weights and batches alike")
+    rates: Literal["search", "published"] | float = chz.field(
+        default="search", doc="learning rates: searched, those the authors selected, or one number"
+    )
+    multipliers: tuple[float, ...] = chz.field(
+        default=(0.5, 1.0, 2.0, 4.0),
+        doc="rates tried at batch B, in units of base_rate (B / 32)^0.5",
+    )
+    base_rate: float = 3e-4
+    search_seed: int = chz.field(default=0, doc="seed of the search; all seeds take its rate")
+    engine: Engine = chz.field(
+        default="auto",
+        doc="a process a core, all members of a kind together in one program, or one by one; auto: "
+        "processes on a CPU, together on an accelerator",
+    )
+    figures: bool = chz.field(default=True, doc="draw all figures at the end")
+    out: str = chz.field(default="auto", doc="folder of the study; auto: runs/toy_<profile>")
+
+    @chz.validate
+    def _ranges(self):
+        for name in ("stages", "batches", "cell_batches", "seeds", "multipliers"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=: give at least one")
+        if any(batch < 1 for batch in (*self.batches, *self.cell_batches)):
+            raise ValueError(f"batches={self.batches}: give at least 1 sequence")
+        if any(seed < 0 for seed in (*self.seeds, self.search_seed)):
+            raise ValueError(f"seeds={self.seeds}: give 0 or more")
+        rates = (*self.multipliers, self.base_rate)
+        rates += (self.rates,) if isinstance(self.rates, float) else ()
+        if not all(0 < rate < float("inf") for rate in rates):
+            raise ValueError(f"rates={self.rates}, multipliers={self.multipliers}: give positive")
+        check_path("out", self.out)
+
+
+class Kind(NamedTuple):
+    """Members that differ in seed and rate only."""
+
+    stage: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-b{self.batch}"
+
+
+class Study(NamedTuple):
+    """A resolved study. typed: what was typed of the keys of a run."""
+
+    config: StudyConfig
+    typed: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What its folder is called by default."""
+        return self.config.profile
+
+    def kinds(self) -> list[Kind]:
+        """All kinds, in the order of stages, then batches."""
+        stages: list[str] = []
+        for name in self.config.stages:
+            stages += [cell.name for cell in CELLS] if name == "cells" else [name]
+        cells = {cell.name for cell in CELLS}
+        return [
+            Kind(stage, batch)
+            for stage in dict.fromkeys(stages)
+            for batch in (self.config.cell_batches if stage in cells else self.config.batches)
+        ]
+
+    def member(self, kind: Kind, seed: int, lr: float) -> RunConfig:
+        """The run of a kind at a seed and a rate. Raises UsageError where values do not fit."""
+        profile = {k: v for k, v in PROFILES[self.config.profile].items() if k in _RUN_KEYS}
+        layers = [
+            Layer(f"stage={kind.stage}", stage_values(kind.stage)),
+            Layer(f"profile={self.config.profile}", profile),
+            Layer("typed", self.typed),
+            Layer("member", {"batch": kind.batch, "seed": seed, "lr": lr}),
+        ]
+        config, _ = build(RunConfig, layers)
+        laws = config.banded
+        sized = {
+            "size.vocab_size": laws.vocab_size,
+            "size.short_row": laws.seq_len,
+            "size.long_row": laws.seq_len,
+        }
+        config, _ = build(RunConfig, [*layers, Layer("task", sized)])
+        _check_bands(config)
+        return config
+
+    def candidates(self, kind: Kind) -> list[float]:
+        """Rates to try for a kind, ascending; a single one where there is nothing to search."""
+        config = self.config
+        if config.rates == "published":
+            known = RUNS.get(kind)
+            if known is None:
+                raise UsageError(
+                    f"rates=published: none is for stage {kind.stage} at batch {kind.batch}; "
+                    f"give rates=search, or a number"
+                )
+            return [known.lr]
+        if isinstance(config.rates, float):
+            return [config.rates]
+        centre = config.base_rate * (kind.batch / 32) ** 0.5
+        return sorted({float(f"{centre * factor:.4g}") for factor in config.multipliers})
+
+
+_RUN_KEYS = frozenset(leaves(RunConfig)) - {"stage", "batch", "seed", "lr"}
+
+
+def known_keys() -> dict:
+    """Every key of the command: those of the study and those of its runs."""
+    return leaves(StudyConfig) | {k: v for k, v in leaves(RunConfig).items() if k in _RUN_KEYS}
+
+
+@chz.chz
+class _Keys(StudyConfig, RunConfig):
+    """Both, for the page of help."""
+
+
+def help_class() -> type:
+    """A class whose leaves are all keys of the command."""
+    return _Keys
+
+
+def help_values(arguments: list[str]) -> dict[str, Any]:
+    """The value every key would have, by the first stage that is asked for."""
+    words = [word for word in arguments if "=" in word]
+    study = resolve(parse_words(words))
+    kind = study.kinds()[-1]
+    shown = flatten(study.member(kind, 0, study.candidates(kind)[0]))
+    return shown | flatten(study.config)
+
+
+def resolve(words: Mapping[str, str]) -> Study:
+    """The study that typed words ask for. Raises UsageError with one line for what is wrong."""
+    typed = cast_words(StudyConfig, words, known_keys())
+    of_study = leaves(StudyConfig).keys()
+    profile = typed.get("profile", StudyConfig().profile)
+    layers = [
+        Layer(
+            f"profile={profile}",
+            {k: v for k, v in PROFILES.get(profile, {}).items() if k in of_study},
+        ),
+        Layer("typed", {k: v for k, v in typed.items() if k in of_study}),
+    ]
+    config, _ = build(StudyConfig, layers)
+    check_stages(tuple(name for name in config.stages if name != "cells"))
+    study = Study(config, {k: v for k, v in typed.items() if k not in of_study})
+    for kind in study.kinds():
+        study.member(kind, 0, study.candidates(kind)[0])
+    return study
+
+
+def _check_bands(config: RunConfig) -> None:
+    """Refuses bands outside the vocabulary, or larger than measure.walks, before training."""
+    for text in config.measure.bands:
+        c, o = (int(part) for part in text.split(":"))
+        if c < 2 or o + c > config.banded.vocab_size:
+            raise UsageError(
+                f"measure.bands={text}: the band leaves the vocabulary of "
+                f"{config.banded.vocab_size} tokens; give modulus:offset with modulus from 2 on "
+                f"and a sum of at most that"
+            )
+        if config.measure.walks < c:
+            raise UsageError(
+                f"measure.walks={config.measure.walks}: band {text} has {c} phases; give as many"
+            )

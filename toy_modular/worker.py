@@ -1,0 +1,46 @@
+"""One process of a study: `python -m toy_modular.worker CORE` takes jobs as lines of JSON.
+
+It answers each with lines {"note": ...} and one line {"results": [...]} or {"error": ...}. It keeps
+to its core, which gives XLA and NumPy one thread each.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+NOTE_SECONDS = 10.0
+
+
+def main(core: int) -> None:
+    """Serves jobs from standard input until it closes."""
+    os.sched_setaffinity(0, {core})
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers itself
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may speak among the answers
+
+    from toy_modular.training import train_members
+    from toy_modular.workers import Job
+
+    told = -float("inf")
+
+    def note(text: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= NOTE_SECONDS:
+            told = time.monotonic()
+            answers.write(json.dumps({"note": text}) + "\n")
+
+    for line in sys.stdin:
+        try:
+            job = Job.from_json(line)
+            results = train_members(job.configs, job.folders, until=job.until, note=note)
+            answers.write(json.dumps({"results": results}) + "\n")
+        except Exception as error:  # told to the study, which goes on with other jobs
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            answers.write(json.dumps({"error": text}) + "\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
