@@ -21,7 +21,9 @@ their mean row, in all positions; r is the key mode of the table by the current 
 is the mode nearest in energy. Only the input look-up is edited, in tied models too.
 """
 
+from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 import chz
 import jax.numpy as jnp
@@ -96,6 +98,7 @@ def edit_effects(
     probe, read_out = make_band_probe(model, band, chunk), make_head_probe(model, band, chunk)
     found = probe(params)
     h = found["h"].astype(np.float64)
+    probed = _Probed(h, _covariance(h, band), band, lambda h: read_out(params, h))
     base = float(band.weights @ found["losses"].astype(np.float64))
     effects = {"base_loss": base, "positions": float(band.tokens.shape[1] - 1)}
     random = np.random.default_rng(seed)
@@ -108,25 +111,20 @@ def edit_effects(
         effects[f"{label}_mode"] = float(mode)
         keys = {"modes": mode_subspace(table, mode), "components": component_subspace(table, mode)}
         for span, key in keys.items():
-            spans = {
-                "key": [key],
-                "control": [matched_subspace(table, key, _covariance(h, band))],
-                "random": [random_subspace(len(key), h.shape[1], random) for _ in range(draws)],
-            }
-            start = f"{label}_{span}"
-            effects[f"{start}_dimension"] = float(len(key))
-            effects |= {
-                f"{start}_{who}_{what}": value
-                for who, some in spans.items()
-                for what, value in _hidden_edits(params, h, band, some, read_out).items()
-            }
-            effects |= _advantages(effects, start)
-            effects |= {
-                f"{name}_diluted": effects[name] / effects["positions"]
-                for name in _advantage_names(start)
-            }
-    effects |= _embedding_edits(params, band, int(effects["current_mode"]), probe)
-    return effects
+            controls = [random_subspace(len(key), h.shape[1], random) for _ in range(draws)]
+            matched = matched_subspace(table, key, probed.covariance)
+            spans = {"key": [key], "control": [matched], "random": controls}
+            effects |= _hidden_effects(f"{label}_{span}", probed, spans)
+    return effects | _embedding_effects(params, band, int(effects["current_mode"]), probe)
+
+
+class _Probed(NamedTuple):
+    """h (n, D) float64 and its covariance (D, D) over a band; read_out: h -> mean loss."""
+
+    h: np.ndarray
+    covariance: np.ndarray
+    band: BandWalks
+    read_out: Callable[[np.ndarray], float]
 
 
 def untied(model: GPT, params: dict) -> tuple[GPT, dict]:
@@ -148,7 +146,7 @@ def _covariance(h: np.ndarray, band: BandWalks) -> np.ndarray:
 def mode_subspace(table, mode: int) -> np.ndarray:
     """The span of Re Ht_r and Im Ht_r of a table (c, D): two rows, or one at the Nyquist mode."""
     mode_vector = modes(table)[mode]
-    return _orthonormal(np.stack([mode_vector.real, mode_vector.imag]))
+    return _orthonormal(np.stack([mode_vector.real, mode_vector.imag]), np.abs(mode_vector).max())
 
 
 def component_subspace(table, mode: int, k: int = 8) -> np.ndarray:
@@ -170,9 +168,8 @@ def matched_subspace(table, key: np.ndarray, covariance: np.ndarray) -> np.ndarr
     that explains most of the covariance (D, D) on, the nearest component not taken yet is chosen.
     It has fewer rows than `key` where the table has too few components.
     """
-    rest = centred(table)
-    rest = rest - rest @ key.T @ key
-    candidates = _orthonormal(rest)
+    rows = centred(table)
+    candidates = _orthonormal(rows - rows @ key.T @ key, np.linalg.norm(rows))
     variances = _variances(candidates, covariance)
     chosen = []
     for target in np.sort(_variances(key, covariance))[::-1]:
@@ -187,10 +184,13 @@ def random_subspace(k: int, width: int, random: np.random.Generator) -> np.ndarr
     return np.linalg.qr(random.normal(size=(width, k)))[0].T
 
 
-def _orthonormal(rows: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of the span of rows (n, D), by falling singular value; without noise."""
+def _orthonormal(rows: np.ndarray, scale: float) -> np.ndarray:
+    """An orthonormal basis of the span of rows (n, D), by falling singular value.
+
+    Values below 1e-6 of `scale` are taken for rounding: the rows are means of float32 numbers.
+    """
     _, sigma, directions = np.linalg.svd(rows, full_matrices=False)
-    return directions[sigma > 1e-7 * max(sigma[0], np.finfo(float).tiny)]  # h is float32
+    return directions[sigma > 1e-6 * scale]
 
 
 def _variances(directions: np.ndarray, covariance: np.ndarray) -> np.ndarray:
@@ -200,31 +200,35 @@ def _variances(directions: np.ndarray, covariance: np.ndarray) -> np.ndarray:
 # Edits
 
 
-def _hidden_edits(params, h, band: BandWalks, spans, read_out) -> dict[str, float]:
-    """Variance explained and losses of both edits, means over subspaces; NaN for missing ones."""
-    mean = (band.weights @ h)[None, :]  # (1, D)
-    total = float(band.weights @ np.sum((h - mean) ** 2, axis=1))
-    found = []
-    for directions in spans:
-        inside = (h - mean) @ directions.T @ directions  # (n, D)
-        explained = float(band.weights @ np.sum(inside**2, axis=1))
-        found.append(
-            (
-                explained / total if total > 0 else np.nan,
-                read_out(params, mean + inside),
-                read_out(params, h - inside),
-            )
-        )
-    return dict(zip(("variance", "keep", "drop"), np.mean(found, axis=0).tolist(), strict=True))
+def _hidden_effects(start: str, probed: _Probed, spans: dict[str, list]) -> dict[str, float]:
+    """The numbers of one subspace and its controls; NaN for a control of a lower dimension."""
+    dimension = len(spans["key"][0])
+    effects = {f"{start}_dimension": float(dimension)}
+    for who, subspaces in spans.items():
+        whole = dimension > 0 and all(len(directions) == dimension for directions in subspaces)
+        edits = [_hidden_edits(probed, directions) for directions in subspaces if whole]
+        means = np.mean(edits, axis=0) if edits else np.full(3, np.nan)
+        for what, value in zip(("variance", "keep", "drop"), means.tolist(), strict=True):
+            effects[f"{start}_{who}_{what}"] = value
+    effects |= _advantages(effects, start)
+    positions = probed.band.tokens.shape[1] - 1
+    return effects | {f"{n}_diluted": effects[n] / positions for n in _advantage_names(start)}
+
+
+def _hidden_edits(probed: _Probed, directions: np.ndarray) -> tuple[float, float, float]:
+    """Share of variance in a subspace (k, D), loss with only it kept, loss with it dropped."""
+    h, covariance = probed.h, probed.covariance
+    mean = (probed.band.weights @ h)[None, :]  # (1, D)
+    inside = (h - mean) @ directions.T @ directions  # (n, D)
+    share = float(np.sum(_variances(directions, covariance)) / np.trace(covariance))
+    return share, probed.read_out(mean + inside), probed.read_out(h - inside)
 
 
 def _advantages(effects: dict[str, float], start: str) -> dict[str, float]:
     keep, drop = _advantage_names(start)
-    loss = {what: effects[f"{start}_{what}"] for what in ("key_keep", "key_drop")}
-    loss |= {what: effects[f"{start}_{what}"] for what in ("control_keep", "control_drop")}
     return {
-        keep: loss["control_keep"] - loss["key_keep"],
-        drop: loss["key_drop"] - loss["control_drop"],
+        keep: effects[f"{start}_control_keep"] - effects[f"{start}_key_keep"],
+        drop: effects[f"{start}_key_drop"] - effects[f"{start}_control_drop"],
     }
 
 
@@ -239,35 +243,34 @@ def edited_rows(rows, mode: int, action: str) -> np.ndarray:
 
 
 def nearest_mode(rows, mode: int) -> int:
-    """The positive mode of rows (c, D) nearest in pair mass to `mode`; 0 where there is no other.
+    """The positive mode of rows (c, D) nearest in pair mass to `mode`; 0 for none.
 
     The Nyquist mode of an even c counts by its one member, which is its pair.
     """
     masses = pair_masses(mode_shares(rows))
+    if mode == 0 or not np.all(np.isfinite(masses)):
+        return 0
     distance = np.abs(masses - masses[mode - 1])
     distance[mode - 1] = np.inf
     return int(np.argmin(distance)) + 1 if np.isfinite(distance.min()) else 0
 
 
-def _embedding_edits(params: dict, band: BandWalks, mode: int, probe) -> dict[str, float]:
+def _embedding_effects(params: dict, band: BandWalks, mode: int, probe) -> dict[str, float]:
     table = np.asarray(params["wte"]["embedding"], np.float64)
     tokens = slice(band.o, band.o + band.c)
-    masses = pair_masses(mode_shares(table[tokens]))
-    found = {}
-    for who, r in {
-        "key": mode,
-        "control": nearest_mode(table[tokens], mode) if mode else 0,
-    }.items():
+    rows = table[tokens]
+    masses = pair_masses(mode_shares(rows))
+    effects = {}
+    for who, r in {"key": mode, "control": nearest_mode(rows, mode)}.items():
         start = f"embedding_{who}"
-        found[f"{start}_mode"] = float(r)
-        found[f"{start}_energy"] = float(masses[r - 1]) if r else float("nan")
+        energy = float(masses[r - 1]) if r else np.nan
+        effects |= {f"{start}_mode": float(r), f"{start}_energy": energy}
         for action in ("keep", "drop"):
-            if not r:
-                found[f"{start}_{action}"] = float("nan")
-                continue
-            edited = table.copy()
-            edited[tokens] = edited_rows(table[tokens], r, action)
-            changed = {**params, "wte": {"embedding": jnp.asarray(edited, jnp.float32)}}
-            losses = probe(changed)["losses"].astype(np.float64)
-            found[f"{start}_{action}"] = float(band.weights @ losses)
-    return found | _advantages(found, "embedding")
+            loss = np.nan
+            if r:
+                edited = table.copy()
+                edited[tokens] = edited_rows(rows, r, action)
+                changed = {**params, "wte": {"embedding": jnp.asarray(edited, jnp.float32)}}
+                loss = float(band.weights @ probe(changed)["losses"].astype(np.float64))
+            effects[f"{start}_{action}"] = loss
+    return effects | _advantages(effects, "embedding")

@@ -72,7 +72,7 @@ class Instrument:
             "sample_tokens": self._config.tokens_per_step
             // (self._config.batch or self._config.train_rows),
         }
-        write_step(self._folder / "spectra", at["step"], self._spectra(params), meta)
+        write_step(self._folder / "spectra", at["step"], self.spectra(params), meta)
         index = len(list((self._folder / "spectra").glob("step_*.npz"))) - 1
         features = TASKS[self._config.task].make_features(self._shared())
         if features is not None and (reason or crossed or index % measure.bands_every == 0):
@@ -85,7 +85,8 @@ class Instrument:
             self._config, seed=0, lr=1.0, target_loss=None, target_accuracy=None, stage=""
         )
 
-    def _spectra(self, params: Any) -> dict[str, np.ndarray]:
+    def spectra(self, params: Any) -> dict[str, np.ndarray]:
+        """Arrays of a record in spectra/."""
         measure, config = self._config.measure, self._config
         rows = measured_rows(self._train, measure.rows, config.seed)
         look = _measure_step(self._shared())

@@ -66,7 +66,7 @@ class MemberFolder:
             raise UsageError(f"{path} is damaged ({error}); remove its folder") from error
 
     def write_rows(self, rows: list[dict]) -> None:
-        lines = "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         write_bytes_atomic(self.path / "metrics.jsonl", lines.encode())
 
     def save(self, member: Any) -> None:

@@ -22,6 +22,8 @@ from lens_jax.fits import participation_ratio
 from toy_modular.features import Peak, peak_of
 
 DRAWS = 400
+NOTHING = 1e-24
+"""Energies below this are the rounding of numbers of order 1."""
 
 
 class Selection(NamedTuple):
@@ -78,7 +80,7 @@ def _peak(energy: np.ndarray) -> Peak:
     """The peak of expected energies (c,); the entry of r = 0 plays no part."""
     energy = energy.copy()
     energy[0] = 0.0
-    if energy.max() < 1e-24:  # rounding of numbers up to 1
+    if energy.max() < NOTHING:
         return Peak(float("nan"), 0)
     return peak_of(energy / energy.sum())
 
@@ -124,6 +126,7 @@ def selection_null(
     modes of energy sum_j v_j e_j, e_j exponential and independent between positive modes, whose
     mean and variance are those of a gamma law of shape (sum v)^2 / sum v^2; so gamma numbers are
     drawn. That is exact for equal variances. A Nyquist mode is real: half the shape.
+    All is NaN for a law under which nothing is left of a code.
 
     Raises ValueError for c < 2, a width or a number of draws that is not positive, and a law that
     is not (c,).
@@ -139,7 +142,10 @@ def selection_null(
     shape = np.where(nyquist, width / 2, width)
     energy = np.random.default_rng(seed).gamma(shape, 1 / shape, (draws, positive.size))
     if law is not None:
-        energy = energy * _kernel_of(c, law)[positive][None, :]
+        left = _kernel_of(c, law)[positive]
+        if left.max() < NOTHING:
+            return Selection(float("nan"), float("nan"), float("nan"), draws)
+        energy = energy * left[None, :]
     members = np.where(nyquist, 1, 2)
     peaks = energy.max(axis=1) / (energy @ members)
     return Selection(

@@ -1,4 +1,4 @@
-"""What the authors report of their toy, seed 0, target 2.0 (toy spec 8.1): a column to stand beside.
+"""What the authors report of their toy (toy spec 8.1: seed 0, target 2.0), to stand beside ours.
 
 They trained for 5,000 steps at most and looked at validation every 10.
 """

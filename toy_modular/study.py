@@ -65,9 +65,10 @@ def _select(study: Study, folder: StudyFolder, engine: str, note: Note) -> dict[
 def _describe_selection(kind: Kind, selection: Selection) -> str:
     result = selection.trials[selection.lr]
     edge = ", at the edge of what was tried" if selection.edge else ""
+    loss = result.get("val_loss", float("nan"))
     return (
         f"{kind.name}: lr {selection.lr:.4g} of {len(selection.trials)} rates ({result['reason']} "
-        f"at step {result['step']}, val loss {result['val_loss']:.3f}{edge})"
+        f"at step {result['step']}, val loss {loss:.3f}{edge})"
     )
 
 
@@ -88,9 +89,10 @@ def _train_all(
             note(f"failed, the others go on: {failures[-1]}")
             continue
         for place, result in zip(job.folders, results, strict=True):
+            loss = result.get("val_loss", float("nan"))
             note(
                 f"[{done}/{len(jobs)}] {place.name}: {result['reason']} at step {result['step']}, "
-                f"{result['tokens'] / 1e6:.2f}M tokens, val loss {result['val_loss']:.4f}"
+                f"{result['tokens'] / 1e6:.2f}M tokens, val loss {loss:.4f}"
             )
     return failures
 

@@ -53,6 +53,10 @@ def write_table(path: Path) -> Path:
     return path / "table.csv"
 
 
+def _loss(row: dict) -> str:
+    return f"{row['val_loss']:.4f}" if row.get("val_loss") is not None else "-"
+
+
 def describe_runs(path: Path) -> str:
     """The table in words for a terminal: tokens to the target, ours and the authors'."""
     lines = [
@@ -66,7 +70,7 @@ def describe_runs(path: Path) -> str:
             published = f"{row['published_tokens'] / 1e6:.2f}M {end}"
         lines.append(
             f"{row['stage']:<28}{row['batch'] or 'all':>6}{row['seed']:>5}{row['lr']:>10.3g}"
-            f"{row['val_loss']:>10.4f}{row['steps']:>7}{row['tokens'] / 1e6:>9.2f}M"
+            f"{_loss(row):>10}{row['steps']:>7}{row['tokens'] / 1e6:>9.2f}M"
             f"{row['reason']:>12}{published:>22}"
         )
     return "\n".join(lines)

@@ -112,15 +112,17 @@ class _Runs:
         config, step = self.configs[i], self.steps[i]
         at = {"step": step, "tokens": step * config.tokens_per_step}
         rows = self.curves[i]
+        reason = _ending(config, step, train_loss, scores)
+        if reason == "diverged":  # what is no number has no place in a curve
+            self._end(i, reason, at, {})
+            return
         if self.program.problem.score_train:
             rows.append({"kind": "train", **at, **self._scores(self.train, i)})
         elif train_loss is not None:
             rows.append({"kind": "train", **at, "loss": train_loss})
-        glanced = min(config.eval_rows, jax.tree.leaves(self.val)[0].shape[1])
-        reason = _ending(config, step, train_loss, scores)
-        if reason == "target":  # a glance may be lucky
-            scores = self._scores(self.val, i)
-            glanced = jax.tree.leaves(self.val)[0].shape[1]
+        glanced = min(config.eval_rows, _count(self.val))
+        if reason == "target" and glanced < _count(self.val):  # a glance may be lucky
+            scores, glanced = self._scores(self.val, i), _count(self.val)
             reason = _ending(config, step, train_loss, scores)
         before = [row["loss"] for row in rows if row["kind"] == "val"]
         rows.append({"kind": "val", **at, **scores, "rows": glanced})
@@ -128,25 +130,24 @@ class _Runs:
         self.instruments[i].look(params, at | {"val_loss": scores["loss"]}, before, reason)
         self.folders[i].write_rows(rows)
         if reason is not None:
-            self._end(i, reason, at)
+            splits = {"val": self.val} | ({} if self.test is None else {"test": self.test})
+            found = {name: self._scores(split, i) for name, split in splits.items()}
+            self._end(i, reason, at, found)
         self.folders[i].save(take(self.members, i))
 
-    def _end(self, i: int, reason: str, at: dict) -> None:
-        rows = self.curves[i]
-        seconds = time.monotonic() - self.began
-        result = {
+    def _end(self, i: int, reason: str, at: dict, scores: dict[str, dict]) -> None:
+        """Writes how a member ended; scores by split, of all its rows."""
+        reached = at["tokens"] if reason == "target" else None
+        crossing = crossing_tokens(self.curves[i], self.configs[i].target_loss) if reached else None
+        self.ended[i] = {
             "reason": reason,
             **at,
-            **{f"val_{name}": value for name, value in self._scores(self.val, i).items()},
+            **{f"{s}_{name}": value for s, of in scores.items() for name, value in of.items()},
+            "tokens_to_target": reached,
+            "crossing_tokens": crossing,
+            "seconds": time.monotonic() - self.began,
         }
-        if self.test is not None:
-            scores = self._scores(self.test, i)
-            result |= {f"test_{name}": value for name, value in scores.items()}
-        reached = at["tokens"] if reason == "target" else None
-        crossing = crossing_tokens(rows, self.configs[i].target_loss) if reached else None
-        result |= {"tokens_to_target": reached, "crossing_tokens": crossing, "seconds": seconds}
-        self.ended[i] = result
-        self.folders[i].write_result(result)
+        self.folders[i].write_result(self.ended[i])
 
     def _scores(self, rows: Any, i: int) -> dict:
         params = jax.tree.map(lambda leaf: leaf[i : i + 1], self.members.params)
@@ -189,6 +190,11 @@ def _data_of(config: RunConfig) -> Data:
 
 def _stack_rows(rows: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def _count(rows: Any) -> int:
+    """Sequences of one slot."""
+    return jax.tree.leaves(rows)[0].shape[1]
 
 
 def _last(rows: list[dict]) -> dict:

@@ -1,0 +1,248 @@
+"""How fast the toy trains, by whom, and what looking at it costs.
+
+  python benchmarks/toy_engines.py out=benchmarks/results/cpu_toy_engines.json
+  python benchmarks/toy_engines.py profile=paper members=2 batch=128
+
+step     Tokens a second of one member on all cores: dispatches of eval_every steps in one
+         compiled scan, and the plain way, a Python loop that indexes its batch, calls a jitted
+         step and reads the loss, step by step. In turns.
+engines  members= rates at one batch size: one by one, all in one program with a batch axis, and
+         in single-thread processes, one a core. Each to `short` and to `long` steps in fresh
+         folders; the difference counts, without start and compilation, which stand beside it.
+looking  A measurement (spectra, and features of all bands) and a glance at validation, against a
+         dispatch; and the share of the time of a run of `run_steps` steps that both take.
+"""
+
+import json
+import shlex
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chz
+
+from experiments.bench_timing import paired_ratio, spread, time_in_turns
+from models.atomic_files import write_json
+from models.command_line import (
+    Layer,
+    build,
+    cast_words,
+    check_report,
+    flatten,
+    help_page,
+    parse_words,
+    run_command,
+)
+from toy_modular.study_config import Kind, resolve
+
+ENGINES = ("sequential", "together", "processes")
+
+
+@chz.chz
+class ToyBenchConfig:
+    """The keys of the command."""
+
+    out: str | None = chz.field(default=None, doc="file for the JSON document, beside stdout")
+    profile: str = chz.field(default="laptop", doc="laptop or paper, as in toy_modular.study")
+    stage: str = "untied"
+    batch: int = 32
+    members: int = chz.field(default=4, doc="rates of the section engines")
+    short: int = chz.field(default=20, doc="steps that every engine first makes")
+    long: int = chz.field(default=80, doc="steps it makes the second time")
+    run_steps: int = chz.field(default=1000, doc="length of the run whose shares are told")
+    repeats: int = 5
+
+    @chz.validate
+    def _ranges(self):
+        for name in ("batch", "members", "short", "long", "run_steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        if self.short >= self.long:
+            raise ValueError(f"long={self.long}: give more than short={self.short}")
+        if self.out is not None:
+            check_report(self.out)
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit code. Raises UsageError."""
+    words = parse_words(word for word in argv if word not in ("-h", "--help"))
+    plan, _ = build(ToyBenchConfig, [Layer("typed", cast_words(ToyBenchConfig, words))])
+    if {"-h", "--help"} & set(argv):
+        print(help_page(__doc__, ToyBenchConfig, {}, flatten(plan)))
+        return 0
+    members = make_members(plan)
+    from first_gpu import environment
+
+    report = {"command": shlex.join(["python", "benchmarks/toy_engines.py", *argv])}
+    report |= {**flatten(plan), "environment": environment()}
+    report["engines"] = time_engines(plan, members)
+    report["step"], report["looking"] = time_step(plan, members[0]), time_looking(plan, members[0])
+    print(json.dumps(report, indent=2, allow_nan=False))
+    if plan.out is not None:
+        write_json(plan.out, report)
+    return 0
+
+
+def make_members(plan: ToyBenchConfig) -> list:
+    """Members of one kind without a target, at rates a tenth apart."""
+    words = {"profile": plan.profile, "stages": plan.stage, "rates": "6e-4"}
+    words |= {"target_loss": "none", "max_steps": str(10 * max(plan.long, plan.run_steps))}
+    study = resolve(words)
+    return [
+        study.member(Kind(plan.stage, plan.batch), 0, 6e-4 * 1.1**i) for i in range(plan.members)
+    ]
+
+
+def _unmeasured(config):
+    return chz.replace(config, measure=chz.replace(config.measure, per_doubling=0))
+
+
+def time_engines(plan: ToyBenchConfig, members: list) -> dict[str, Any]:
+    """Seconds of every engine for `long` less `short` steps of all members, and to start."""
+    configs = [_unmeasured(config) for config in members]
+    tokens = (plan.long - plan.short) * sum(config.tokens_per_step for config in configs)
+    found = {}
+    for engine in ENGINES:
+        first = _train_all(configs, engine, plan.short)
+        # processes start and compile anew every time, the others have compiled now
+        short = first if engine == "processes" else _train_all(configs, engine, plan.short)
+        seconds = _train_all(configs, engine, plan.long) - short
+        to_start = first - seconds * plan.short / (plan.long - plan.short)
+        found[engine] = {
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds),
+            "seconds_to_start": round(to_start, 3),
+        }
+    for engine in ENGINES:
+        ratio = found["sequential"]["seconds"] / found[engine]["seconds"]
+        found[engine]["speed_over_sequential"] = round(ratio, 2)
+    return found
+
+
+def _train_all(configs: list, engine: str, steps: int) -> float:
+    from toy_modular.search import grouped
+    from toy_modular.workers import run_jobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / str(i) for i in range(len(configs))]
+        jobs = list(grouped(configs, places, steps, engine))
+        began = time.perf_counter()
+        for _, results in run_jobs(jobs, engine, lambda text: None):
+            assert isinstance(results, list), results  # noqa: S101
+        return time.perf_counter() - began
+
+
+def time_step(plan: ToyBenchConfig, config) -> dict[str, Any]:
+    """Tokens a second of a dispatch and of the loop step by step, in turns."""
+    variants = {"scan": scanned(config), "loop": step_by_step(config)}
+    timed = time_in_turns(variants, plan.repeats)
+    tokens = config.eval_every * config.tokens_per_step
+    found: dict[str, Any] = {
+        name: spread(one.seconds) | {"tokens_per_second": round(tokens / min(one.seconds))}
+        for name, one in timed.items()
+    }
+    ratio = paired_ratio(timed["loop"].seconds, timed["scan"].seconds)
+    return found | {"loop_over_scan": round(ratio, 3)}
+
+
+def scanned(config) -> Callable[[], Any]:
+    """A dispatch of eval_every steps of one member."""
+    import jax
+    import numpy as np
+
+    from toy_modular.members import make_program, stack
+    from toy_modular.tasks import TASKS
+
+    program = make_program(config)
+    train = jax.tree.map(lambda leaf: leaf[None], TASKS[config.task].load_data(config).train)
+    member = stack([program.start(config.seed)])
+    fixed = (np.full(1, config.lr, np.float32), np.zeros(1, np.int32), np.zeros(1, np.int32))
+
+    def dispatch():
+        nonlocal member
+        member, losses = program.advance(member, *fixed, np.ones(1, bool), train)
+        return float(losses[0])
+
+    return dispatch
+
+
+def step_by_step(config) -> Callable[[], Any]:
+    """The same number of steps by a loop in Python, as a training script without scan has them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from toy_modular.tasks import TASKS
+
+    problem = TASKS[config.task].make_problem(config)
+    train = TASKS[config.task].load_data(config).train
+    random = np.random.default_rng(0)
+    params = problem.init(jax.random.key(config.seed))
+    opt_state = problem.tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, rows):
+        (loss, _), grads = jax.value_and_grad(problem.loss, has_aux=True)(params, rows)
+        updates, opt_state = problem.tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, optax.tree.scale(config.lr, updates)), opt_state, loss
+
+    def loop():
+        nonlocal params, opt_state
+        total = 0.0
+        for _ in range(config.eval_every):
+            index = random.integers(len(train["tokens"]), size=config.batch)
+            rows = {name: jnp.asarray(leaf[index]) for name, leaf in train.items()}
+            params, opt_state, loss = step(params, opt_state, rows)
+            total += float(loss)
+        return total
+
+    return loop
+
+
+def time_looking(plan: ToyBenchConfig, config) -> dict[str, Any]:
+    """Seconds of a measurement and of a glance at validation, and their shares of a run."""
+    import jax
+    import numpy as np
+
+    from toy_modular.measuring import Instrument, is_due
+    from toy_modular.members import make_program
+    from toy_modular.tasks import TASKS
+
+    program, data = make_program(config), TASKS[config.task].load_data(config)
+    params = program.start(config.seed).params
+    several = jax.tree.map(lambda leaf: leaf[None], params)
+    rows = jax.tree.map(lambda leaf: leaf[None, : config.eval_rows], data.val)
+    features = TASKS[config.task].make_features(config)
+    with tempfile.TemporaryDirectory() as folder:
+        instrument = Instrument(config, program.problem, data, Path(folder))
+        variants = {
+            "dispatch": scanned(config),
+            "glance": lambda: jax.device_get(
+                program.evaluate(several, np.zeros(1, np.int32), rows)
+            ),
+            "spectra": lambda: instrument.spectra(params),
+            "features": lambda: features(params, False),
+        }
+        timed = time_in_turns(variants, plan.repeats)
+    seconds = {name: min(one.seconds) for name, one in timed.items()}
+    steps = range(0, plan.run_steps + 1, config.eval_every)
+    looks = sum(is_due(step, config.eval_every, config.measure.per_doubling) for step in steps)
+    total = {
+        "dispatch": seconds["dispatch"] * (len(steps) - 1),
+        "glance": seconds["glance"] * len(steps),
+        "spectra": seconds["spectra"] * looks,
+        "features": seconds["features"] * -(-looks // config.measure.bands_every),
+    }
+    whole = sum(total.values())
+    return {
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "times_in_run": {"dispatch": len(steps) - 1, "glance": len(steps), "spectra": looks},
+        "share_of_run": {name: round(value / whole, 3) for name, value in total.items()},
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
