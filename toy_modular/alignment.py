@@ -95,20 +95,22 @@ def common_loss(
     return best, most
 
 
-def loss_targets(one: Sequence[Row], other: Sequence[Row], count: int = 5) -> np.ndarray:
-    """Returns quantiles 0..1 of the pooled losses that both runs went through; empty if none.
+def equal_losses(
+    one: Sequence[Row], other: Sequence[Row], tolerance: float = LOSS_TOLERANCE
+) -> list[tuple[Row, Row]]:
+    """Returns the rows of two runs that are each other's nearest in loss, within the tolerance.
 
-    The range is from the larger of the two least losses to the smaller of the two greatest.
-    Source: toy spec section 4.
+    The published comparison takes five quantiles of the pooled losses and whatever row is nearest
+    (toy spec section 4 and 9.6); a quantile that neither run was measured at would lose matches
+    that exist, so here rows are matched to rows.
     """
-    losses = [np.array([row.val_loss for row in rows]) for rows in (one, other)]
-    losses = [own[np.isfinite(own)] for own in losses]
-    if not all(own.size for own in losses):
-        return np.empty(0)
-    low, high = max(own.min() for own in losses), min(own.max() for own in losses)
-    pooled = np.concatenate(losses)
-    pooled = pooled[(pooled >= low) & (pooled <= high)]
-    return np.quantile(pooled, np.linspace(0, 1, count)) if pooled.size else np.empty(0)
+    found = []
+    for row in one:
+        there = at_loss(other, row.val_loss, tolerance)
+        back = at_loss(one, there.row.val_loss, tolerance) if there else None
+        if back and back.row.step == row.step:
+            found.append((row, there.row))
+    return found
 
 
 def toy_window(first: int, last: int, width: int) -> tuple[int, int]:
@@ -147,14 +149,17 @@ def effective_rank(row: Row, site: str = LAST) -> float:
 
 
 def tokens_to_target(run: Run) -> float:
-    """Returns training tokens at which the validation loss crossed the target, interpolated.
+    """Returns training tokens at which the validation loss crossed the target.
+
+    Interpolated where the run says it, else those of the first evaluation that found it reached.
 
     inf for a run that ended without reaching it (censored); NaN for one that has not ended.
     """
     if not run.finished:
         return nan
-    crossing = run.result["crossing_tokens"]
-    return inf if crossing is None else float(crossing)
+    crossing, evaluated = run.result["crossing_tokens"], run.result.get("tokens_to_target")
+    found = evaluated if crossing is None else crossing
+    return inf if found is None else float(found)
 
 
 def token_efficiency(runs: Sequence[Run]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -26,7 +27,7 @@ def sheet(figure: Figure, rows: int, columns: int, note: str, **kwargs) -> np.nd
     width, height = figure.get_size_inches()
     paragraphs = [textwrap.wrap(part, int(width * 19.5)) for part in note.split("\n")]
     lines = [line for part in paragraphs for line in part]
-    share = (len(lines) + 1.2) * NOTE_SIZE * 1.28 / 72 / height
+    share = (len(lines) + 0.8) * NOTE_SIZE * 1.28 / 72 / height
     body, foot = figure.subfigures(2, 1, height_ratios=(1 - share, share))
     foot.text(0.012, 0.97, "\n".join(lines), fontsize=NOTE_SIZE, va="top", linespacing=1.25)
     return body.subplots(rows, columns, squeeze=False, **kwargs)
@@ -34,8 +35,6 @@ def sheet(figure: Figure, rows: int, columns: int, note: str, **kwargs) -> np.nd
 
 def batch_lines(batches: Sequence[int]) -> dict[int, tuple[str, str]]:
     """Returns {batch: (colour, marker)}, dark to light with the batch size."""
-    from matplotlib import colormaps
-
     scale = colormaps["viridis"]
     places = np.linspace(0.0, 0.88, len(batches)) if len(batches) > 1 else [0.0]
     shapes = [LINES[i % len(LINES)][1] for i in range(len(batches))]
@@ -64,8 +63,7 @@ def zero_line(ax) -> None:
 
 def words(number: int, singular: str) -> str:
     """Writes a count with its noun, `1 seed`, `3 seeds`."""
-    plural = f"{singular}es" if singular.endswith("ch") else f"{singular}s"
-    return f"{number} {singular if number == 1 else plural}"
+    return f"{number} {singular}{'' if number == 1 else 's'}"
 
 
 def edge_note(edges: Sequence[int], stage: str) -> str:

@@ -7,6 +7,7 @@ stands the one at equal tokens, which does not know how long a run will be.
 
 from collections.abc import Callable, Sequence
 from math import factorial
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,8 +23,25 @@ from lens_jax.correlations import (
     spearman,
 )
 from lens_jax.fits import fit_power_law
-from toy_modular.alignment import Match, at_progress, at_tokens, spectrum, toy_window
-from toy_modular.claims import FAILED, HELD, UNDECIDED, Claim, Missing, number, p_text, verdict
+from toy_modular.alignment import (
+    REFERENCE_WIDTH,
+    Match,
+    at_progress,
+    at_tokens,
+    spectrum,
+    toy_window,
+)
+from toy_modular.claims import (
+    FAILED,
+    HELD,
+    LEVEL,
+    UNDECIDED,
+    Claim,
+    Missing,
+    number,
+    p_text,
+    verdict,
+)
 from toy_modular.figures_page import SHADED, edge_note, sheet, words, zero_line
 from toy_modular.records import LAST, SPECTRUM, Row, Run, Study
 from toy_modular.sweeps import Sweep, sweep
@@ -37,10 +55,12 @@ def draw(figure: Figure, study: Study, config) -> list[Claim]:
     """Draws the figure and returns its claims; raises Missing for too few batch sizes."""
     runs = sweep(study, config.stage)
     windows = [config.window, *(w for w in config.other_windows if w != config.window)]
-    exponents = Exponents(windows)
-    progress = exponents.table(runs, PROGRESS, lambda run, p: at_progress(run, run.spectra, p))
+    exponents, ratio = Exponents(windows), config.ratio
+    progress = exponents.table(
+        runs, PROGRESS, lambda run, p: at_progress(run, run.spectra, p, ratio)
+    )
     grid = token_grid(runs)
-    tokens = exponents.table(runs, grid, lambda run, n: at_tokens(run.spectra, n))
+    tokens = exponents.table(runs, grid, lambda run, n: at_tokens(run.spectra, n, ratio))
     if not np.any(np.isfinite(progress)):
         raise Missing(f"stage {config.stage}: no spectra of {LAST} near any share of its runs")
     look = int(np.argmin(np.abs(PROGRESS - config.at)))
@@ -48,13 +68,13 @@ def draw(figure: Figure, study: Study, config) -> list[Claim]:
     labels = [exponents.label(window) for window in windows]
     claims = _claims(runs, found, labels[0], PROGRESS[look], progress[0])
 
-    note = _note(study, runs, found, labels, exponents.worst, claims)
+    note = _note(study, runs, found, labels, exponents, claims)
     axes = sheet(figure, 1, 3, note, sharey=True)[0]
     _draw_seeds(axes[0], runs, progress[0], labels[0], PROGRESS[look])
     for ax, table, x in ((axes[1], progress, 100 * PROGRESS), (axes[2], tokens, grid)):
         _draw_windows(ax, runs, table, x, labels)
-    axes[1].set_xlabel("share of the run (%)")
-    axes[2].set_xlabel("training tokens, the same in all runs")
+    axes[1].set(xlabel="share of the run (%)", xlim=(0, 102))
+    axes[2].set_xlabel("training tokens of each run")
     axes[2].set_xscale("log")
     token_ticks(axes[2].xaxis, grid[0], grid[-1])
     axes[1].set_title("(b) Other rank windows")
@@ -86,10 +106,16 @@ class Exponents:
         return found
 
     def label(self, window: tuple[int, int]) -> str:
-        """Ranks as they were used, `10-40`, and what they are at width 128 if that differs."""
+        """Ranks of a window as they were used, `10-40`."""
         first, last = toy_window(*window, self._width)
-        wanted = "" if (first, last) == window else f" ({window[0]}-{window[1]} scaled)"
-        return f"{first}-{last}{wanted}"
+        return f"{first}-{last}"
+
+    def scaling(self) -> str:
+        """Says from which windows the ranks come where the width is not 128."""
+        if self._width == REFERENCE_WIDTH:
+            return ""
+        listed = ", ".join(f"{first}-{last}" for first, last in self.windows)
+        return f"Width {self._width}: windows scaled from {listed} at width {REFERENCE_WIDTH}."
 
     def _alphas(self, row: Row) -> list[float]:
         if row.path not in self._known:
@@ -102,16 +128,22 @@ class Exponents:
         return self._known[row.path]
 
 
-class Tests:
-    """What was tested at the look that was chosen beforehand, and over all looks."""
+class Tests(NamedTuple):
+    """What was tested at the look chosen beforehand, and over all looks.
 
-    def __init__(self, alike, apart, best, control, partials, least_p):
-        self.alike: PermutationTest = alike
-        self.apart: PermutationTest = apart
-        self.best: PermutationTest = best
-        self.control: float = control
-        self.partials: np.ndarray = partials
-        self.least_p: float = least_p
+    alike, apart: batch sizes permuted alike in all seeds, or in each on its own; best: over all
+    windows and looks; control: mean rho of -log B; own, partials: (F,) rho of each seed, and given
+    log B; least_p: the p of a perfect order; members: batch sizes that have both numbers there.
+    """
+
+    alike: PermutationTest
+    apart: PermutationTest
+    best: PermutationTest
+    control: float
+    own: np.ndarray
+    partials: np.ndarray
+    least_p: float
+    members: int
 
 
 def tests(runs: Sweep, progress: np.ndarray, look: int) -> Tests:
@@ -119,15 +151,18 @@ def tests(runs: Sweep, progress: np.ndarray, look: int) -> Tests:
     efficiency = runs.efficiency
     families = list(zip(progress[0, :, look], efficiency, strict=True))
     looks = np.moveaxis(progress, 1, 0).reshape(len(runs.seeds), -1, len(runs.batches))
-    members = int(np.sum(np.all(np.isfinite(efficiency), axis=0)))
+    present = np.isfinite(progress[0, :, look]) & np.isfinite(efficiency)
+    members = int(np.sum(np.any(present, axis=0)))
     control = [spearman(runs.small_batch, own) for own in efficiency]
     return Tests(
         alike_permutation_p(families),
         joint_permutation_p(families, "signed"),
         max_over_looks_p(looks, efficiency),
         _mean(control),
+        np.array([spearman(*family) for family in families]),
         np.array([partial_spearman(*family, runs.small_batch) for family in families]),
-        2 / factorial(members) if members else 1.0,
+        2 / factorial(members) if members > 2 else 1.0,
+        members,
     )
 
 
@@ -177,13 +212,12 @@ def _draw_seeds(ax, runs: Sweep, table: np.ndarray, label: str, chosen: float) -
     ax.plot(100 * PROGRESS, _means(curves), color=BLUE, lw=2.2, label=name)
     control = _mean([spearman(runs.small_batch, own) for own in runs.efficiency])
     ax.axhline(control, color=VERMILLION, ls=(0, (4, 2)), lw=1.3, label=r"$-\log B$ alone")
-    ax.axvline(100 * chosen, color=FAINT, lw=0.8, ls=":")
+    ax.plot([100 * chosen] * 2, [-1.06, 1.06], color=FAINT, lw=0.9, ls=":")
     zero_line(ax)
     # Room below -1 for the legend, so that it covers no line.
     ax.set(ylim=(-2.05, 1.08), xlim=(0, 102), xlabel="share of the run (%)")
     ax.set_yticks([-1, -0.5, 0, 0.5, 1])
     ax.set_ylabel(r"Spearman $\rho$ ($\alpha$, token efficiency)")
-    ax.yaxis.set_label_coords(-0.2, 0.66)
     ax.legend(loc="lower left", borderaxespad=0.1)
     ax.set_title(f"(a) {runs.stage}, n = {len(runs.batches)}")
 
@@ -200,8 +234,22 @@ def _draw_windows(ax, runs: Sweep, tables: np.ndarray, x, labels: Sequence[str])
     ax.legend(loc="lower left", borderaxespad=0.1)
 
 
+def beyond_batch(found: Tests) -> str:
+    """Returns whether alpha says more than the batch size does; a rule, for so few have no test.
+
+    held: the order has p <= 0.05, rho of alpha exceeds that of -log B in every seed, and the
+    partial rho is positive in every seed. did not hold: the mean rho is not the larger one.
+    """
+    if not np.all(np.isfinite(found.partials)) or found.least_p > LEVEL:
+        return UNDECIDED
+    if found.alike.statistic <= abs(found.control):
+        return FAILED
+    clear = np.all(found.own > abs(found.control)) and np.all(found.partials > 0)
+    return HELD if clear and found.alike.p <= LEVEL else UNDECIDED
+
+
 def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list[Claim]:
-    members, seeds = len(runs.batches), len(runs.seeds)
+    members, seeds = found.members, len(runs.seeds)
     place = f"{chosen:.0%} of the run"
     outcome = verdict(found.alike.statistic, found.alike.p, found.least_p)
     control = f"rho(-log B, efficiency) = {number(found.control)}"
@@ -210,22 +258,14 @@ def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list
         f"{runs.stage}: a larger alpha at {place} goes with a higher token efficiency",
         members, seeds, label, found.alike.statistic, found.alike.p, control, outcome,
         f"{outcome.capitalize()}: mean rho {number(found.alike.statistic)} over "
-        f"{words(seeds, 'seed')} and {words(members, 'batch')} at {place}, {p_text(found.alike)} "
-        f"with batch sizes permuted alike in all seeds (apart: {p_text(found.apart)}), best of all "
-        f"looks {p_text(found.best)}; {control}.",
+        f"{words(seeds, 'seed')} and {words(members, 'batch size')} at {place}, "
+        f"{p_text(found.alike)} with batch sizes permuted alike in all seeds (apart: "
+        f"{p_text(found.apart)}), best of all looks {p_text(found.best)}; {control}.",
     )  # fmt: skip
-    partial = _mean(found.partials)
-    # Neither sign nor size of a partial correlation of so few has a test that is not hollow.
-    beyond = UNDECIDED if not np.isfinite(partial) or found.least_p > 0.05 else (
-        HELD if np.all(found.partials > 0) and found.alike.p <= 0.05 and abs(found.control) < 1
-        and abs(found.alike.statistic) > abs(found.control) else
-        FAILED if abs(found.alike.statistic) <= abs(found.control) else UNDECIDED
-    )  # fmt: skip
-    why = (
-        "the batch size alone orders the runs, so nothing is left to explain"
-        if not np.isfinite(partial)
-        else f"partial rho given log B {number(partial)}"
-    )
+    partial, beyond = _mean(found.partials), beyond_batch(found)
+    why = f"partial rho given log B {number(partial)}"
+    if abs(found.control) > 1 - 1e-9:
+        why = "the batch size alone orders the runs, so nothing is left to explain"
     control_claim = Claim(
         "4a", f"{runs.stage}: alpha says more of the efficiency than the batch size does",
         members, seeds, label, partial, np.nan, control, beyond,
@@ -234,8 +274,9 @@ def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list
     )  # fmt: skip
     early = rho_curves(runs, table)[:, PROGRESS <= 0.3 + 1e-9]
     reached = int(np.sum(np.any(early > 1 - 1e-9, axis=1)))
-    perfect = HELD if reached == seeds else FAILED if reached == 0 else UNDECIDED
     chance = 1 / factorial(members)
+    perfect = HELD if reached == seeds and chance <= LEVEL else UNDECIDED if reached else FAILED
+    perfect = perfect if np.any(np.isfinite(early)) else UNDECIDED
     perfect_claim = Claim(
         "4a", f"{runs.stage}: rho reaches 1 within the first 30 % of the run",
         members, seeds, label, float(reached), np.nan, f"chance of rho = 1 a look: {chance:.2g}",
@@ -246,19 +287,21 @@ def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list
     return [order, control_claim, perfect_claim]
 
 
-def _note(study: Study, runs: Sweep, found: Tests, labels, worst: float, claims) -> str:
+def _note(study: Study, runs: Sweep, found: Tests, labels, exponents: Exponents, claims) -> str:
     censored = runs.censored()
     needed = critical_rho(len(runs.batches))
     parts = [
         f"n = {len(runs.batches)} batch sizes ({', '.join(map(str, runs.batches))}), "
         f"{words(len(runs.seeds), 'seed')}, last-position spectra, main window ranks {labels[0]}.",
+        f"Only {found.members} at the dotted line." if found.members < len(runs.batches) else "",
         f"Joint p at the dotted line: {p_text(found.alike)} (batch sizes permuted alike in all "
         f"seeds), {p_text(found.apart)} (in each seed apart). Max over {len(labels)} windows and "
         f"{len(PROGRESS)} looks: {p_text(found.best)}.",
         f"One seed needs |rho| = {number(needed)} for p = 0.05."
         if np.isfinite(needed)
         else "With so few batch sizes no rho has p of 0.05 or below.",
-        f"Rows are at most {np.expm1(worst):.0%} off in tokens.",
+        f"Rows are at most {np.expm1(exponents.worst):.0%} off in tokens.",
+        exponents.scaling(),
     ]
     if censored:
         parts.append(f"Efficiency 0, target not reached: {', '.join(censored)}.")

@@ -129,7 +129,7 @@ class Study:
     def edges(self, stage: str) -> list[int]:
         """Returns the batch sizes whose best learning rate lay at an end of its grid."""
         batches = sorted({run.batch for run in self.runs if run.stage == stage})
-        return [b for b in batches if self.selected.get(f"{stage}/{b}", {}).get("edge")]
+        return [b for b in batches if self.selected.get(f"{stage}-b{b}", {}).get("edge")]
 
 
 def read_study(folder: str | Path) -> Study:
