@@ -217,7 +217,7 @@ def time_looking(plan: ToyBenchConfig, config) -> dict[str, Any]:
     rows = jax.tree.map(lambda leaf: leaf[None, : config.eval_rows], data.val)
     features = TASKS[config.task].make_features(config)
     with tempfile.TemporaryDirectory() as folder:
-        instrument = Instrument(config, program.problem, data, Path(folder))
+        instrument = Instrument(config, data, Path(folder))
         variants = {
             "dispatch": scanned(config),
             "glance": lambda: jax.device_get(

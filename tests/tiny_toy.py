@@ -22,6 +22,11 @@ WORDS = {
     "measure.bands": "12:3,7:20",
     "measure.levels": "4",
     "batches": "4",
+    "sequences": "none",
+    "eval_sequences": "none",
+    "side_stages": "",
+    "seeds": "0",
+    "target_loss": "2",
     "rates": "1e-3",
 }
 

@@ -6,14 +6,14 @@ from math import floor, log2
 from pathlib import Path
 from typing import Any
 
-import chz
 import numpy as np
 
 from lens_jax.lens import make_lens, split_windows
 from lens_jax.probes import spectra
 from lens_jax.records import write_step
 from lens_jax.step import make_measure_step
-from toy_modular.problem import Data, Problem
+from toy_modular.members import shared
+from toy_modular.problem import Data
 from toy_modular.run_config import RunConfig
 from toy_modular.tasks import TASKS
 
@@ -46,9 +46,8 @@ def measured_rows(train: Any, rows: int, seed: int) -> Any:
 class Instrument:
     """Measures one run into its folder."""
 
-    def __init__(self, config: RunConfig, problem: Problem, data: Data, folder: Path):
-        self._config, self._problem, self._folder = config, problem, folder
-        self._train = data.train
+    def __init__(self, config: RunConfig, data: Data, folder: Path):
+        self._config, self._train, self._folder = config, data.train, folder
 
     def look(
         self, params: Any, at: dict, losses_before: Sequence[float], reason: str | None
@@ -74,22 +73,16 @@ class Instrument:
         }
         write_step(self._folder / "spectra", at["step"], self.spectra(params), meta)
         index = len(list((self._folder / "spectra").glob("step_*.npz"))) - 1
-        features = TASKS[self._config.task].make_features(self._shared())
+        features = TASKS[self._config.task].make_features(shared(self._config))
         if features is not None and (reason or crossed or index % measure.bands_every == 0):
             arrays = features(params, reason is not None)
             write_step(self._folder / "features", at["step"], arrays, meta)
-
-    def _shared(self) -> RunConfig:
-        """The configuration without what differs between members of one kind."""
-        return chz.replace(
-            self._config, seed=0, lr=1.0, target_loss=None, target_accuracy=None, stage=""
-        )
 
     def spectra(self, params: Any) -> dict[str, np.ndarray]:
         """Arrays of a record in spectra/."""
         measure, config = self._config.measure, self._config
         rows = measured_rows(self._train, measure.rows, config.seed)
-        look = _measure_step(self._shared())
+        look = _measure_step(shared(self._config))
         summaries, _ = look(params, split_windows(rows, measure.samples, measure.chunk))
         return spectra(summaries)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from toy_modular.problem import Problem, Rows
-from toy_modular.run_config import RunConfig
+from toy_modular.run_config import MeasureConfig, RunConfig
 from toy_modular.tasks import TASKS
 
 STREAM_OFFSET = 11  # batches are drawn from seed + 11 (toy spec section 3)
@@ -50,10 +50,13 @@ class Program(NamedTuple):
 
 
 def make_program(config: RunConfig) -> Program:
-    """The program of a run; runs that differ in seed, rate and target only share one."""
-    return _program(
-        chz.replace(config, seed=0, lr=1.0, target_loss=None, target_accuracy=None, stage="")
-    )
+    """The program of a run; runs that differ in seed, rate, target or measurements share one."""
+    return _program(chz.replace(shared(config), measure=MeasureConfig(per_doubling=0)))
+
+
+def shared(config: RunConfig) -> RunConfig:
+    """The configuration without what differs between members of one kind."""
+    return chz.replace(config, seed=0, lr=1.0, target_loss=None, target_accuracy=None, stage="")
 
 
 @lru_cache(maxsize=4)

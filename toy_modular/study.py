@@ -78,7 +78,7 @@ def _train_all(
     """Trains and measures every member that has no result; returns what failed, in words."""
     jobs = []
     for kind, rate in rates.items():
-        members = {seed: study.member(kind, seed, rate) for seed in study.config.seeds}
+        members = {seed: study.member(kind, seed, rate) for seed in study.seeds(kind)}
         places = {seed: folder.path / "runs" / f"{kind.name}-s{seed}" for seed in members}
         left = [seed for seed in members if not (places[seed] / "result.json").exists()]
         jobs += grouped([members[s] for s in left], [places[s] for s in left], None, engine)

@@ -4,6 +4,7 @@ Precedence, whatever the order typed: defaults < stage < profile < typed keys.
 """
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import chz
@@ -37,15 +38,29 @@ PROFILES: dict[str, dict[str, Any]] = {
         "measure.levels": (5.0, 4.0, 3.0, 2.5),
     },
     "laptop": {
-        "rates": "search",
+        "stages": ("muon", "untied"),
+        "side_stages": ("baseline", "rope"),
+        "batches": (32, 64, 128, 256, 512),
+        "seeds": (0, 1, 2),
+        "sequences": 2**17,
+        "eval_sequences": 2**10,
+        "target_loss": 3.0,
         "banded.vocab_size": 256,
         "banded.seq_len": 32,
         "size.n_embd": 64,
-        "measure.bands": ("53:60", "48:60", "49:60", "54:60", "12:3", "30:5"),
-        "measure.levels": (4.0, 3.0, 2.5),
+        "measure.bands": ("53:60", "48:60", "12:3"),
+        "measure.levels": (5.0, 4.5, 4.0, 3.5),
     },
 }
-"""What the published toy has, and a reduced tier that is ten times cheaper a sequence."""
+"""What the published toy has, and a reduced tier that is ten times cheaper a sequence.
+
+The reduced tier compares batch sizes at equal tokens: validation, measurements and the end of a run
+come after equal numbers of sequences, and not of steps.
+"""
+
+
+def _least(given: int | tuple[int, ...]) -> int:
+    return min(given) if isinstance(given, tuple) else given
 
 
 @chz.chz
@@ -59,13 +74,23 @@ class StudyConfig:
         default=CORE, doc="stages of the ladder; cells: all cells of the factorial"
     )
     batches: tuple[int, ...] = chz.field(default=(32, 128, 512), doc="sequences a step")
-    cell_batches: tuple[int, ...] = chz.field(default=(128,), doc="the same for the factorial")
     seeds: tuple[int, ...] = chz.field(default=(0,), doc="of data, weights and batches alike")
+    side_stages: tuple[str, ...] = chz.field(
+        default=(), doc="stages to stand beside, at side_batches and side_seeds only"
+    )
+    side_batches: tuple[int, ...] = (128,)
+    side_seeds: tuple[int, ...] = (0,)
+    sequences: int | None = chz.field(
+        default=None, doc="longest run in sequences, whatever the batch size; none: max_steps"
+    )
+    eval_sequences: int | None = chz.field(
+        default=None, doc="sequences from one validation to the next; none: eval_every steps"
+    )
     rates: Literal["search", "published"] | float = chz.field(
         default="search", doc="learning rates: searched, those the authors selected, or one number"
     )
     multipliers: tuple[float, ...] = chz.field(
-        default=(0.5, 1.0, 2.0, 4.0),
+        default=(1.0, 2.0, 4.0),
         doc="rates tried at batch B, in units of base_rate (B / 32)^0.5",
     )
     base_rate: float = 3e-4
@@ -80,18 +105,27 @@ class StudyConfig:
 
     @chz.validate
     def _ranges(self):
-        for name in ("stages", "batches", "cell_batches", "seeds", "multipliers"):
+        for name in ("stages", "batches", "seeds", "side_batches", "side_seeds", "multipliers"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=: give at least one")
-        if any(batch < 1 for batch in (*self.batches, *self.cell_batches)):
-            raise ValueError(f"batches={self.batches}: give at least 1 sequence")
-        if any(seed < 0 for seed in (*self.seeds, self.search_seed)):
-            raise ValueError(f"seeds={self.seeds}: give 0 or more")
+        for name in ("batches", "side_batches", "sequences", "eval_sequences"):
+            given = getattr(self, name)
+            if given is not None and _least(given) < 1:
+                raise ValueError(f"{name}={given}: give at least 1 sequence")
+        for name in ("seeds", "side_seeds", "search_seed"):
+            if _least(getattr(self, name)) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
         rates = (*self.multipliers, self.base_rate)
         rates += (self.rates,) if isinstance(self.rates, float) else ()
         if not all(0 < rate < float("inf") for rate in rates):
             raise ValueError(f"rates={self.rates}, multipliers={self.multipliers}: give positive")
         check_path("out", self.out)
+
+
+def expand_stages(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with those of all cells in place of `cells`."""
+    cells = tuple(cell.name for cell in CELLS)
+    return tuple(n for name in names for n in (cells if name == "cells" else (name,)))
 
 
 class Kind(NamedTuple):
@@ -117,16 +151,22 @@ class Study(NamedTuple):
         return self.config.profile
 
     def kinds(self) -> list[Kind]:
-        """All kinds, in the order of stages, then batches."""
-        stages: list[str] = []
-        for name in self.config.stages:
-            stages += [cell.name for cell in CELLS] if name == "cells" else [name]
-        cells = {cell.name for cell in CELLS}
-        return [
-            Kind(stage, batch)
-            for stage in dict.fromkeys(stages)
-            for batch in (self.config.cell_batches if stage in cells else self.config.batches)
-        ]
+        """All kinds, in the order of stages, then batches; the side stages come last."""
+        return list(self._seeds())
+
+    def seeds(self, kind: Kind) -> tuple[int, ...]:
+        """The seeds of a kind."""
+        return self._seeds()[kind]
+
+    def _seeds(self) -> dict[Kind, tuple[int, ...]]:
+        config, found = self.config, {}
+        for names, batches, seeds in (
+            (config.stages, config.batches, config.seeds),
+            (config.side_stages, config.side_batches, config.side_seeds),
+        ):
+            for name, batch in product(expand_stages(names), batches):
+                found.setdefault(Kind(name, batch), seeds)
+        return found
 
     def member(self, kind: Kind, seed: int, lr: float) -> RunConfig:
         """The run of a kind at a seed and a rate. Raises UsageError where values do not fit."""
@@ -134,6 +174,7 @@ class Study(NamedTuple):
         layers = [
             Layer(f"stage={kind.stage}", stage_values(kind.stage)),
             Layer(f"profile={self.config.profile}", profile),
+            Layer("sequences", self._lengths(kind)),
             Layer("typed", self.typed),
             Layer("member", {"batch": kind.batch, "seed": seed, "lr": lr}),
         ]
@@ -147,6 +188,16 @@ class Study(NamedTuple):
         config, _ = build(RunConfig, [*layers, Layer("task", sized)])
         _check_bands(config)
         return config
+
+    def _lengths(self, kind: Kind) -> dict[str, int]:
+        """Steps of a kind between validations and in all, where they are given in sequences."""
+        found, config = {}, self.config
+        steps = 1
+        if config.eval_sequences is not None:
+            steps = found["eval_every"] = max(1, config.eval_sequences // kind.batch)
+        if config.sequences is not None:
+            found["max_steps"] = max(1, config.sequences // kind.batch // steps) * steps
+        return found
 
     def candidates(self, kind: Kind) -> list[float]:
         """Rates to try for a kind, ascending; a single one where there is nothing to search."""
@@ -205,7 +256,7 @@ def resolve(words: Mapping[str, str]) -> Study:
         Layer("typed", {k: v for k, v in typed.items() if k in of_study}),
     ]
     config, _ = build(StudyConfig, layers)
-    check_stages(tuple(name for name in config.stages if name != "cells"))
+    check_stages(expand_stages((*config.stages, *config.side_stages)))
     study = Study(config, {k: v for k, v in typed.items() if k not in of_study})
     for kind in study.kinds():
         study.member(kind, 0, study.candidates(kind)[0])

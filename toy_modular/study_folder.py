@@ -14,7 +14,10 @@ from models.command_line import UsageError
 from toy_modular.member_folder import nested
 from toy_modular.study_config import Study
 
-FREE = ("engine", "figures", "out", "seeds", "stages", "batches", "cell_batches")
+FREE = (
+    *("engine", "figures", "out", "stages", "batches", "seeds"),
+    *("side_stages", "side_batches", "side_seeds"),
+)
 """Keys that a study may change when it goes on: they add members, or say how to train them."""
 
 

@@ -70,7 +70,7 @@ class _Runs:
         self.slots = np.array([seeds.index(config.seed) for config in configs], np.int32)
         self.folders = [MemberFolder(*pair) for pair in zip(folders, self.configs, strict=True)]
         self.instruments = [
-            Instrument(config, self.program.problem, data[config.seed], folder.path)
+            Instrument(config, data[config.seed], folder.path)
             for config, folder in zip(configs, self.folders, strict=True)
         ]
         self.ended = [folder.result for folder in self.folders]
