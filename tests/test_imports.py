@@ -18,7 +18,8 @@ ALLOWED = {
     | {"lens_jax", "models", "optim", "optax", "chz", "grain", "orbax", "rich", "matplotlib"}
     | {"tensorstore", "tokenizers", "tiktoken", "huggingface_hub"}  # tensorstore is orbax's own
     | {"torch"},  # a peer to time against, never a dependency
-    "toy_modular": ARRAYS | {"lens_jax", "models", "optim", "optax", "chz", "rich", "matplotlib"},
+    "toy_modular": ARRAYS
+    | {"lens_jax", "models", "optim", "flax", "optax", "chz", "rich", "matplotlib"},
 }
 # Slow or optional: imported inside the function that needs them, except where it is all about them.
 LAZY = {"rich", "matplotlib", "tokenizers", "tiktoken", "huggingface_hub", "torch"}
@@ -33,6 +34,7 @@ CONFIGURATION = (
     "models.ladder",
     "models.ladder_table",
     "optim.config",
+    "toy_modular.study_config",
 )
 SLOW = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "rich")
 
@@ -83,6 +85,7 @@ def test_configuration_needs_nothing_slow():
 
 def test_help_of_every_command_needs_nothing_slow():
     commands = ("experiments.train", "experiments.verify", "experiments.data_command")
+    commands += ("toy_modular.study", "toy_modular.figures", "toy_modular.theory")
     mains = [f"import {name}; assert {name}.main(['--help']) == 0" for name in commands]
     mains += ["import models.ladder; assert models.ladder.main(['-h']) == 0"]
     mains += ["import lens_jax.show; assert lens_jax.show.main(['--help']) == 0"]

@@ -154,7 +154,7 @@ def test_a_failed_member_does_not_stop_the_others(tmp_path):
     plain = {"measure__per_doubling": 0}
     good, other = tiny_member(**plain), tiny_member(seed=1, **plain)
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "config.json").write_text("{}")
+    (tmp_path / "bad" / "config.json").write_text('{"seed": 7}')
     jobs = [Job((other,), (tmp_path / "bad",), 2), Job((good,), (tmp_path / "good",), 2)]
     found = {job.folders[0].name: r for job, r in run_jobs(jobs, "processes", lambda text: None)}
     assert isinstance(found["bad"], Failed)

@@ -118,6 +118,9 @@ class GrokConfig:
 class RffConfig:
     """Regression on random Fourier features averaged over a sequence (toy spec 1.2)."""
 
+    track: Literal["A", "B"] = chz.field(
+        default="A", doc="model: A a transformer on the features, B linear in their mean"
+    )
     input_dim: int = chz.field(default=8, doc="width of a latent vector")
     seq_len: int = chz.field(default=16, doc="latent vectors in a sequence")
     num_features: int = chz.field(default=512, doc="random Fourier features of the teacher")

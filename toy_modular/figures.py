@@ -6,13 +6,14 @@
 
 4a: exponents and token efficiency over batch sizes; 4b: concentration of a band's modes in the four
 stages; 11a: spectra at equal loss; 11b: paired changes of H_peak from stage to stage; 11c: spectra
-of stages at equal loss; factorial: what the untied stage consists of. Each is written as PNG and
-PDF, and claims.csv and claims.json (claims_4a.csv and so on for one figure) say in a sentence what
-each shows, with the verdict of a fixed rule. A figure whose runs are not there yet says which, and
-the others are drawn.
+of stages at equal loss; factorial: what the untied stage consists of; of a study with task=grok,
+grokking: a page a run. Each is written as PNG and PDF, and claims.csv and claims.json
+(claims_4a.csv and so on for one figure) say in a sentence what each shows, with the verdict of a
+fixed rule. A figure whose runs are not there yet says which, and the others are drawn.
 """
 
 import io
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -52,7 +53,7 @@ class FigureConfig:
     """The keys of the command."""
 
     study: str | None = chz.field(default=None, doc="folder of the study")
-    fig: Literal[("all", *FIGURES)] = chz.field(default="all", doc="which figure")
+    fig: Literal[("all", *FIGURES, "grokking")] = chz.field(default="all", doc="which figure")
     out: str | None = chz.field(default=None, doc="folder to write to; none: STUDY/figures")
     stage: str = chz.field(default="muon", doc="stage of 4a")
     window: Window = chz.field(default=(10, 40), doc="main rank window, at width 128")
@@ -125,10 +126,24 @@ def run_figures(config: FigureConfig, tell: Callable[[str], None] = print) -> li
     Tells of every file, of every figure that lacks its runs, and of every run that has not ended.
     Raises ValueError with one line for a folder that is no study or a damaged file in it.
     """
-    study = read_study(config.study)
-    out = Path(config.out) if config.out else study.path / "figures"
+    out = Path(config.out) if config.out else Path(config.study) / "figures"
     if not out.parent.is_dir():
         raise ValueError(f"out={out}: its folder does not exist; make it, or choose one")
+    of_grokking = grokking_runs(config.study)
+    if of_grokking or config.fig == "grokking":
+        claims = _draw_grokking(of_grokking, out, tell)
+    else:
+        claims = _draw_walks(read_study(config.study), config, out, tell)
+    if claims:
+        stem = "claims" if config.fig == "all" else f"claims_{config.fig}"
+        for ending, text in (("csv", claims_csv(claims)), ("json", claims_json(claims))):
+            path = out / f"{stem}.{ending}"
+            write_bytes_atomic(path, text.encode())
+            tell(f"claims: {path}")
+    return claims
+
+
+def _draw_walks(study: Study, config: FigureConfig, out: Path, tell) -> list[Claim]:
     for note in study.unfinished:
         tell(f"unfinished: {note}")
     claims = []
@@ -144,12 +159,51 @@ def run_figures(config: FigureConfig, tell: Callable[[str], None] = print) -> li
             write_bytes_atomic(path, _image(figure, kind))
             tell(f"{name}: {path}")
         claims += found
-    if claims:
-        stem = "claims" if config.fig == "all" else f"claims_{config.fig}"
-        for ending, text in (("csv", claims_csv(claims)), ("json", claims_json(claims))):
-            path = out / f"{stem}.{ending}"
-            write_bytes_atomic(path, text.encode())
-            tell(f"claims: {path}")
+    return claims
+
+
+def grokking_runs(study: str | Path) -> list[Path]:
+    """Folders of the runs with task=grok in a study that have something to draw."""
+    found = []
+    for config in sorted(Path(study).glob("runs/*/config.json")):
+        try:
+            is_one = json.loads(config.read_bytes()).get("task") == "grok"
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config}: no readable JSON ({error})") from error
+        if is_one and any((config.parent / "features").glob("step_*.npz")):
+            found.append(config.parent)
+    return found
+
+
+def _draw_grokking(runs: list[Path], out: Path, tell) -> list[Claim]:
+    from toy_modular.figure_grokking import draw
+
+    if not runs:
+        tell("grokking: not drawn: no measured run of task=grok in the study")
+        return []
+    claims = []
+    out.mkdir(exist_ok=True)
+    for run in runs:
+        for kind in FORMATS:
+            image = io.BytesIO()
+            found = draw(run, image, kind)
+            path = out / f"figure_grokking_{run.name}.{kind}"
+            write_bytes_atomic(path, image.getvalue())
+            tell(f"grokking: {path}")
+        claims.append(
+            Claim(
+                figure="grokking",
+                claim="the key modes are there before validation accuracy rises",
+                n=1,
+                seeds=1,
+                window="",
+                statistic=found.get("ratio", float("nan")),
+                p=float("nan"),
+                control=f"share of a flat spectrum {found['null_share']:.3f}",
+                verdict=found["verdict"],
+                sentence=found["sentence"],
+            )
+        )
     return claims
 
 

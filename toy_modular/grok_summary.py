@@ -131,10 +131,12 @@ class GrokRun:
 
     def restricted(self) -> np.ndarray:
         """Loss of the mean logits of each answer with nothing but the key modes, at every look."""
-        return np.array([
-            restricted_loss(self.table(look, LOGITS), self.order, self.key_modes)
-            for look in self.features
-        ])
+        return np.array(
+            [
+                restricted_loss(self.table(look, LOGITS), self.order, self.key_modes)
+                for look in self.features
+            ]
+        )
 
     def excluded(self) -> np.ndarray:
         """Mean loss of the training pairs without what depends on the answer, at every look."""

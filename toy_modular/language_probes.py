@@ -11,7 +11,7 @@ from toy_modular.language import make_model
 from toy_modular.run_config import RunConfig
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def make_features(config: RunConfig):
     """probe(params, last) -> arrays by kind and band (`bands.band_arrays`); None without bands.
 

@@ -87,7 +87,7 @@ class Instrument:
         return spectra(summaries)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _measure_step(config: RunConfig):
     problem, measure = TASKS[config.task].make_problem(config), config.measure
     lens = make_lens(

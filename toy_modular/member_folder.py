@@ -15,20 +15,8 @@ import jax
 import numpy as np
 
 from models.atomic_files import write_bytes_atomic, write_json
-from models.command_line import UsageError, flatten
-from toy_modular.run_config import RunConfig
-
-
-def nested(config: Any) -> dict:
-    """A configuration as nested dictionaries of JSON values."""
-    tree: dict = {}
-    for key, value in flatten(config).items():
-        *above, name = key.split(".")
-        place = tree
-        for part in above:
-            place = place.setdefault(part, {})
-        place[name] = value
-    return tree
+from models.command_line import UsageError
+from toy_modular.run_config import RunConfig, from_nested, nested
 
 
 class MemberFolder:
@@ -40,10 +28,10 @@ class MemberFolder:
     def __init__(self, path: str | Path, config: RunConfig):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        stored, wanted = self.path / "config.json", json.loads(json.dumps(nested(config)))
+        stored = self.path / "config.json"
         if not stored.exists():
-            write_json(stored, wanted)
-        elif self._json("config.json") != wanted:
+            write_json(stored, nested(config))
+        elif from_nested(self._json("config.json")) != config:
             raise UsageError(f"{self.path} belongs to another configuration; choose another out=")
 
     @property

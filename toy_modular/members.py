@@ -59,7 +59,7 @@ def shared(config: RunConfig) -> RunConfig:
     return chz.replace(config, seed=0, lr=1.0, target_loss=None, target_accuracy=None, stage="")
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _program(config: RunConfig) -> Program:
     problem = TASKS[config.task].make_problem(config)
 

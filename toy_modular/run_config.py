@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import chz
 
-from models.command_line import Layer, build
+from models.command_line import Layer, build, flatten
 from models.config import ArchConfig, SizeConfig
 from optim.config import OptimConfig
 from toy_modular.config import BandedConfig, GrokConfig, RffConfig
@@ -131,6 +131,18 @@ class RunConfig:
         """Positions with a target of their own in a step."""
         rows = self.train_rows if self.batch is None else self.batch
         return rows * {"banded": self.banded.seq_len, "grok": 1, "rff": 1}[self.task]
+
+
+def nested(config: Any) -> dict:
+    """A configuration as nested dictionaries of JSON values."""
+    tree: dict = {}
+    for key, value in flatten(config).items():
+        *above, name = key.split(".")
+        place = tree
+        for part in above:
+            place = place.setdefault(part, {})
+        place[name] = value
+    return tree
 
 
 def from_nested(tree: Mapping[str, Any]) -> RunConfig:

@@ -5,6 +5,7 @@ to its target, and the figures are drawn. Whatever is finished is on disk and no
 command goes on where it was stopped.
 """
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,15 +31,17 @@ def run_study(study: Study, note: Note) -> Path:
 
     Raises UsageError for a folder of another study, and at the very end if a member failed.
     """
-    engine = choose_engine(study.config.engine)
     with StudyFolder(study) as folder:
+        # workers compile what another has compiled, a rung of the search before for instance
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.path.absolute() / "compiled"))
+        engine = choose_engine(study.config.engine)
         note(f"study in {folder.path}, engine={engine}")
         selections = _select(study, folder, engine, note)
         failures = _train_all(study, folder, selections, engine, note)
         write_table(folder.path)
         note(describe_runs(folder.path))
         if study.config.figures:
-            _draw(study, folder.path, note)
+            _draw(folder.path, note)
     if failures:
         raise UsageError(f"{len(failures)} members failed, the first: {failures[0]}")
     return folder.path
@@ -97,11 +100,11 @@ def _train_all(
     return failures
 
 
-def _draw(study: Study, path: Path, note: Note) -> None:
+def _draw(path: Path, note: Note) -> None:
     from toy_modular.figures import draw_figures
 
-    for drawn in draw_figures(path, path / "figures"):
-        note(str(drawn))
+    for line in draw_figures(path):
+        note(line)
 
 
 def main(arguments: list[str]) -> int:

@@ -19,6 +19,7 @@ from models.command_line import (
     leaves,
     parse_words,
 )
+from toy_modular.presets import GROK, GROK_PUBLISHED
 from toy_modular.published import RUNS
 from toy_modular.run_config import RunConfig
 from toy_modular.stages import CELLS, CORE, check_stages, stage_values
@@ -132,11 +133,11 @@ class Kind(NamedTuple):
     """Members that differ in seed and rate only."""
 
     stage: str
-    batch: int
+    batch: int | None
 
     @property
     def name(self) -> str:
-        return f"{self.stage}-b{self.batch}"
+        return self.stage if self.batch is None else f"{self.stage}-b{self.batch}"
 
 
 class Study(NamedTuple):
@@ -146,9 +147,15 @@ class Study(NamedTuple):
     typed: Mapping[str, Any]
 
     @property
+    def task(self) -> str:
+        """The task of all its runs."""
+        return self.typed.get("task", "banded")
+
+    @property
     def name(self) -> str:
         """What its folder is called by default."""
-        return self.config.profile
+        parts = [] if self.task == "banded" else [self.task]
+        return "_".join([*parts, self.config.profile])
 
     def kinds(self) -> list[Kind]:
         """All kinds, in the order of stages, then batches; the side stages come last."""
@@ -160,6 +167,8 @@ class Study(NamedTuple):
 
     def _seeds(self) -> dict[Kind, tuple[int, ...]]:
         config, found = self.config, {}
+        if self.task != "banded":
+            return {Kind(self.task, None): config.seeds}
         for names, batches, seeds in (
             (config.stages, config.batches, config.seeds),
             (config.side_stages, config.side_batches, config.side_seeds),
@@ -170,6 +179,10 @@ class Study(NamedTuple):
 
     def member(self, kind: Kind, seed: int, lr: float) -> RunConfig:
         """The run of a kind at a seed and a rate. Raises UsageError where values do not fit."""
+        if self.task != "banded":
+            preset = Layer(f"task={self.task}", PRESETS[self.task][self.config.profile])
+            member = Layer("member", {"seed": seed, "lr": lr})
+            return build(RunConfig, [preset, Layer("typed", self.typed), member])[0]
         profile = {k: v for k, v in PROFILES[self.config.profile].items() if k in _RUN_KEYS}
         layers = [
             Layer(f"stage={kind.stage}", stage_values(kind.stage)),
@@ -202,7 +215,7 @@ class Study(NamedTuple):
     def candidates(self, kind: Kind) -> list[float]:
         """Rates to try for a kind, ascending; a single one where there is nothing to search."""
         config = self.config
-        if config.rates == "published":
+        if config.rates == "published" and self.task == "banded":
             known = RUNS.get(kind)
             if known is None:
                 raise UsageError(
@@ -212,11 +225,19 @@ class Study(NamedTuple):
             return [known.lr]
         if isinstance(config.rates, float):
             return [config.rates]
+        if self.task != "banded":
+            return [PRESETS[self.task][config.profile]["lr"]]
         centre = config.base_rate * (kind.batch / 32) ** 0.5
         return sorted({float(f"{centre * factor:.4g}") for factor in config.multipliers})
 
 
+OF_WALKS = (
+    *("stages", "batches", "side_stages", "side_batches", "side_seeds"),
+    *("sequences", "eval_sequences"),
+)
+PRESETS = {"grok": {"laptop": GROK, "paper": GROK_PUBLISHED}}
 _RUN_KEYS = frozenset(leaves(RunConfig)) - {"stage", "batch", "seed", "lr"}
+"""Keys of a run that may be typed; the others vary within a study."""
 
 
 def known_keys() -> dict:
@@ -248,10 +269,18 @@ def resolve(words: Mapping[str, str]) -> Study:
     typed = cast_words(StudyConfig, words, known_keys())
     of_study = leaves(StudyConfig).keys()
     profile = typed.get("profile", StudyConfig().profile)
+    task = typed.get("task", "banded")
+    misplaced = [key for key in OF_WALKS if key in typed]
+    if task != "banded" and misplaced:
+        raise UsageError(
+            f"{misplaced[0]}={words[misplaced[0]]} with task={task}: stages and batch sizes are of "
+            f"task=banded; leave it out"
+        )
+    profile_values = PROFILES.get(profile, {}) if task == "banded" else {}
     layers = [
         Layer(
             f"profile={profile}",
-            {k: v for k, v in PROFILES.get(profile, {}).items() if k in of_study},
+            {k: v for k, v in profile_values.items() if k in of_study},
         ),
         Layer("typed", {k: v for k, v in typed.items() if k in of_study}),
     ]

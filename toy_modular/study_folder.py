@@ -1,6 +1,6 @@
 """The folder of a study: one writer, one configuration, and the rates that were selected.
 
-config.json  selected.json  search/  runs/  table.csv  figures/
+config.json  selected.json  search/  runs/  table.csv  figures/  compiled/
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.atomic_files import write_json
 from models.command_line import UsageError
-from toy_modular.member_folder import nested
+from toy_modular.run_config import nested
 from toy_modular.study_config import Study
 
 FREE = (

@@ -16,8 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from toy_modular.member_folder import nested
-from toy_modular.run_config import RunConfig, from_nested
+from toy_modular.run_config import RunConfig, from_nested, nested
 
 Engine = Literal["auto", "processes", "together", "sequential"]
 
