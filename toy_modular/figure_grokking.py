@@ -6,6 +6,7 @@ mode at the end of memorising and at the end of the run.
 """
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,8 +24,8 @@ WEIGHT_NAMES = {
 }
 
 
-def draw(run_folder: str | Path, out: str | Path) -> dict:
-    """Draws the page of a run to the file `out` and returns its `grok_summary`.
+def draw(run_folder: str | Path, out: str | Path | BinaryIO, kind: str = "png") -> dict:
+    """Draws the page of a run to a file, open or by name, and returns its `grok_summary`.
 
     Raises ValueError for a folder that is no measured run of task=grok.
     """
@@ -45,7 +46,7 @@ def draw(run_folder: str | Path, out: str | Path) -> dict:
         _draw_spectrum(axes[2, 0], run)
         _draw_plane(axes[2, 1], run, place(run, run.trained), "h")
         _draw_plane(axes[2, 2], run, -1, "i")
-        figure.savefig(out, dpi=DPI)
+        figure.savefig(out, dpi=DPI, format=kind)
     return found
 
 
@@ -231,14 +232,15 @@ def _weight_name(path: str, run: GrokRun) -> str:
 def _note(run: GrokRun, found: dict) -> str:
     pairs = run.task.train, run.task.p**2
     numbers = ", ".join(map(str, run.key_modes))
+    mirrored = ""
+    if run.task.operation != "subtract":
+        mirrored = "What validation has at first are pairs b, a of which a, b was trained on. "
     return (
         f"{found['sentence']}\n"
         f"One run, seed {run.seed}, {pairs[0]} of {pairs[1]} pairs trained on. Dotted: train "
         f"accuracy 1; dashed: validation accuracy {GENERALISED}; grey: a guess. Key modes, "
         f"{numbers}, are those that hold {KEY_SHARE:.0%} of the energy of the last look's mean "
-        f"logits by answer: they were chosen with the end known. Until the circuit is there, "
-        f"validation accuracy of a commutative operation is that of pairs b, a whose mirror image "
-        f"was trained on. "
+        f"logits by answer: they were chosen with the end known. {mirrored}"
         f"(h), (i): embedding of the numbers in the plane of mode {run.key_modes[0]}, coloured by "
         f"number times mode modulo {len(run.order)}, with that mode's share of its energy."
     )

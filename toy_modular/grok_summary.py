@@ -315,17 +315,19 @@ def summarize(run: GrokRun) -> dict:
 
 
 def _sentence(found: dict, verdict: str) -> str:
-    parts = [
-        f"share of its energy in the {len(found['key_modes'])} key modes of the {what} rose from "
-        f"{found['shares'][name]['trained']:.2f} to {found['shares'][name]['before_onset']:.2f}"
-        for name, what in (("embedding", "embedding"), ("answers", "mean h of each answer"))
-    ]
+    shares = found["shares"]
+    embedding, answers = (
+        f"from {shares[name]['trained']:.2f} to {shares[name]['before_onset']:.2f}"
+        for name in ("embedding", "answers")
+    )
     halves = found["half_rise_steps"]
     return (
         f"{found['task']}: train accuracy 1 at step {found['trained_step']}, validation accuracy "
         f"{GENERALISED} at step {found['generalised_step']} ({found['ratio']:.1f} times later). By "
-        f"step {found['before_onset_step']}, before validation accuracy rose, the {parts[0]}, the "
-        f"{parts[1]} (a flat spectrum: {found['null_share']:.2f}). Half way: answers at step "
+        f"step {found['before_onset_step']}, before validation accuracy rose, the share of energy "
+        f"in the {len(found['key_modes'])} key modes had gone {embedding} in the embedding and "
+        f"{answers} in the mean h of each answer (as much in every mode: "
+        f"{found['null_share']:.2f}). Half way for good: answers at step "
         f"{halves['answers']}, embedding at {halves['embedding']}, accuracy at "
         f"{halves['val_accuracy']}. Features first: {verdict}."
     )

@@ -37,7 +37,10 @@ GROK = _GROK | _all_betas(0.95) | {
     "eval_rows": 2048,
     "target_accuracy": 0.999,
 }  # fmt: skip
-"""Grokking in a few minutes on two cores: train accuracy 1 at step 100, validation 0.99 at 1740."""
+"""Grokking in under four minutes on one core.
+
+Train accuracy is 1 at step 100, validation accuracy 0.99 at step 1740 (seed 0) and 1600 (seed 1).
+"""
 
 GROK_PUBLISHED = _GROK | _all_betas(0.98) | {
     "grok.p": 113,
@@ -65,3 +68,11 @@ RFF_PUBLISHED = BASE | {
     "target_loss": None,
 }
 """The published setting of the random features, 1,000 steps of 128 sequences."""
+
+RFF = RFF_PUBLISHED | {
+    "rff.train": 8192,
+    "rff.val": 1024,
+    "rff.test": 1024,
+    "max_steps": 500,
+}
+"""The same law with fewer sequences and half the steps: a minute or two on two cores."""

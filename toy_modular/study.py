@@ -41,7 +41,7 @@ def run_study(study: Study, note: Note) -> Path:
         write_table(folder.path)
         note(describe_runs(folder.path))
         if study.config.figures:
-            _draw(folder.path, note)
+            _draw(study, folder.path, note)
     if failures:
         raise UsageError(f"{len(failures)} members failed, the first: {failures[0]}")
     return folder.path
@@ -100,7 +100,13 @@ def _train_all(
     return failures
 
 
-def _draw(path: Path, note: Note) -> None:
+def _draw(study: Study, path: Path, note: Note) -> None:
+    if study.task == "rff":
+        from lens_jax.show import draw_run
+
+        for run in sorted((path / "runs").iterdir()):
+            note(str(draw_run(run)))
+        return
     from toy_modular.figures import draw_figures
 
     for line in draw_figures(path):

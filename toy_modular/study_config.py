@@ -19,7 +19,7 @@ from models.command_line import (
     leaves,
     parse_words,
 )
-from toy_modular.presets import GROK, GROK_PUBLISHED
+from toy_modular.presets import GROK, GROK_PUBLISHED, RFF, RFF_PUBLISHED
 from toy_modular.published import RUNS
 from toy_modular.run_config import RunConfig
 from toy_modular.stages import CELLS, CORE, check_stages, stage_values
@@ -235,7 +235,10 @@ OF_WALKS = (
     *("stages", "batches", "side_stages", "side_batches", "side_seeds"),
     *("sequences", "eval_sequences"),
 )
-PRESETS = {"grok": {"laptop": GROK, "paper": GROK_PUBLISHED}}
+PRESETS = {
+    "grok": {"laptop": GROK, "paper": GROK_PUBLISHED},
+    "rff": {"laptop": RFF, "paper": RFF_PUBLISHED},
+}
 _RUN_KEYS = frozenset(leaves(RunConfig)) - {"stage", "batch", "seed", "lr"}
 """Keys of a run that may be typed; the others vary within a study."""
 

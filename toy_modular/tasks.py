@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from toy_modular import language, language_probes
+from toy_modular import grok_probes, grokking, language, language_probes, rff_model
 from toy_modular.problem import Data, Problem
 from toy_modular.run_config import RunConfig
 
@@ -26,4 +26,6 @@ class Task(NamedTuple):
 
 TASKS = {
     "banded": Task(language.make_problem, language.load_data, language_probes.make_features),
+    "grok": Task(grokking.make_problem, grokking.load_data, grok_probes.make_features),
+    "rff": Task(rff_model.make_problem, rff_model.load_data, lambda config: None),
 }

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from toy_modular.measuring import Instrument
 from toy_modular.member_folder import MemberFolder
 from toy_modular.members import Member, make_program, stack, take
 from toy_modular.problem import Data
-from toy_modular.run_config import RunConfig
+from toy_modular.run_config import MeasureConfig, RunConfig
 from toy_modular.tasks import TASKS
 
 Note = Callable[[str], None]
@@ -43,13 +44,6 @@ def train_members(
     while runs.advance(until):
         note(runs.describe(until))
     return runs.results()
-
-
-@lru_cache(maxsize=4)
-def load_data(task: str, laws: Any, seed: int) -> Data:
-    """The data of a seed. `laws` is the configuration of which everything else is the default."""
-    del task, seed
-    return TASKS[laws.task].load_data(laws)
 
 
 class _Runs:
@@ -83,7 +77,7 @@ class _Runs:
                 self._record(i, train_loss=None, scores=self._scores(self.glance, i))
 
     def _place(self, i: int) -> Member:
-        """Where a member stands on disk; one that has ended needs no true state any more."""
+        """Where a member stands on disk, or at its start."""
         fresh = self.program.start(self.configs[i].seed)
         restored = self.folders[i].restore(fresh)
         return fresh if restored is None else restored
@@ -176,20 +170,18 @@ class _Runs:
 
 
 def _data_of(config: RunConfig) -> Data:
-    laws = RunConfig(
-        task=config.task,
-        seed=config.seed,
-        batch=None,
-        banded=config.banded,
-        grok=config.grok,
-        rff=config.rff,
-        measure=config.measure,
-    )
-    return load_data(config.task, laws, config.seed)
+    """The data of a run, made once for all runs of its task and seed."""
+    laws = {name: getattr(config, name) for name in ("task", "seed", "banded", "grok", "rff")}
+    return _load(RunConfig(**laws, batch=None, measure=MeasureConfig(per_doubling=0)))
+
+
+@lru_cache(maxsize=4)
+def _load(laws: RunConfig) -> Data:
+    return TASKS[laws.task].load_data(laws)
 
 
 def _stack_rows(rows: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 def _count(rows: Any) -> int:
