@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_models import quick_compiler
 from tiny_toy import WORDS, tiny_member, tiny_study
 
 from models.command_line import UsageError
@@ -213,6 +214,39 @@ def test_bad_input_ends_in_one_line(given, message):
     with pytest.raises(UsageError, match=message) as caught:
         resolve({"stages": "untied"} | WORDS | given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"grok.train_fraction": "1.2"}, "train_fraction=1.2 of 9409 pairs: give a share between"),
+        ({"grok.train_fraction": "0"}, "train_fraction=0.0 of 9409 pairs"),
+        ({"grok.p": "1"}, "p=1: give at least 2"),
+        (
+            {"stages": "muon"},
+            "stages=muon with task=grok: stages and batch sizes are of task=banded",
+        ),
+        ({"measure.rows": "3000", "measure.chunk": "8"}, "measure.rows=3000 is more than the 2822"),
+    ],
+)
+def test_bad_input_of_grokking_ends_in_one_line(given, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve({"task": "grok"} | given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grokking_study_ends_in_a_figure_and_a_sentence(tmp_path, capsys):
+    given = {
+        "task": "grok", "grok.p": 11, "out": tmp_path / "toy", "size.n_embd": 16, "max_steps": 40,
+        "eval_every": 20, "measure.rows": 16, "measure.samples": 4, "measure.chunk": 4,
+        "measure.per_doubling": 1, "engine": "sequential",
+    }  # fmt: skip
+    with quick_compiler():
+        assert main([f"{key}={value}" for key, value in given.items()]) == 0
+    assert (tmp_path / "toy" / "figures" / "figure_grokking_grok-s0.png").stat().st_size > 10_000
+    claims = json.loads((tmp_path / "toy" / "figures" / "claims.json").read_text())
+    assert [claim["figure"] for claim in claims] == ["grokking"]
+    assert "add modulo 11" in capsys.readouterr().out
 
 
 def test_a_place_that_is_no_study_is_refused(tmp_path):
