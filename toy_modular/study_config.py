@@ -39,6 +39,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "measure.levels": (5.0, 4.0, 3.0, 2.5),
     },
     "laptop": {
+        "base_rate": 1.2e-3,
         "stages": ("muon", "untied"),
         "side_stages": ("baseline", "rope"),
         "batches": (32, 64, 128, 256, 512),
@@ -55,9 +56,9 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 """What the published toy has, and a reduced tier that is ten times cheaper a sequence.
 
-A search from the published base_rate of 3e-4 ended at four times or more of it in 11 of the 12
-kinds of the reduced tier, so its own begins there. The reduced tier compares batch sizes at equal tokens: validation, measurements and the end of a run
-come after equal numbers of sequences, and not of steps.
+A search from the published base_rate of 3e-4 ended at 4 to 16 times its centre in all 12 kinds
+of the reduced tier, so its own begins there. The reduced tier compares batch sizes at equal tokens:
+validation, measurements and the end of a run come after equal numbers of sequences, not of steps.
 """
 
 
@@ -92,7 +93,7 @@ class StudyConfig:
         default="search", doc="learning rates: searched, those the authors selected, or one number"
     )
     multipliers: tuple[float, ...] = chz.field(
-        default=(0.5, 1.0, 2.0),
+        default=(0.5, 1.0, 2.0, 4.0),
         doc="rates tried at batch B, in units of base_rate (B / 32)^0.5",
     )
     base_rate: float = 3e-4
