@@ -3,7 +3,7 @@
   python benchmarks/toy_engines.py out=benchmarks/results/cpu_toy_engines.json
   python benchmarks/toy_engines.py profile=paper members=2 batch=128
 
-step     Tokens a second of one member on all cores: dispatches of eval_every steps in one
+step     Tokens a second of one member on all cores: dispatches of 10 steps in one
          compiled scan, and the plain way, a Python loop that indexes its batch, calls a jitted
          step and reads the loss, step by step. In turns.
 engines  members= rates at one batch size: one by one, all in one program with a batch axis, and
@@ -37,6 +37,7 @@ from models.command_line import (
 )
 from toy_modular.study_config import Kind, resolve
 
+DISPATCH = 10
 ENGINES = ("sequential", "together", "processes")
 
 
@@ -59,6 +60,12 @@ class ToyBenchConfig:
         for name in ("batch", "members", "short", "long", "run_steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        for name in ("short", "long", "run_steps"):
+            if getattr(self, name) % DISPATCH:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: give a multiple of {DISPATCH}, the steps of a "
+                    f"dispatch"
+                )
         if self.short >= self.long:
             raise ValueError(f"long={self.long}: give more than short={self.short}")
         if self.out is not None:
@@ -88,7 +95,9 @@ def main(argv: list[str]) -> int:
 def make_members(plan: ToyBenchConfig) -> list:
     """Members of one kind without a target, at rates a tenth apart."""
     words = {"profile": plan.profile, "stages": plan.stage, "rates": "6e-4"}
-    words |= {"target_loss": "none", "max_steps": str(10 * max(plan.long, plan.run_steps))}
+    words |= {"target_loss": "none", "eval_every": str(DISPATCH), "side_stages": ""}
+    words |= {"sequences": "none", "eval_sequences": "none", "batches": str(plan.batch)}
+    words |= {"max_steps": str(DISPATCH * max(plan.long, plan.run_steps))}
     study = resolve(words)
     return [
         study.member(Kind(plan.stage, plan.batch), 0, 6e-4 * 1.1**i) for i in range(plan.members)

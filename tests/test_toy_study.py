@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from toy_modular import search
 from toy_modular.search import rank_key, survivors
 from toy_modular.study import main, run_study
 from toy_modular.study_config import Kind, resolve
+from toy_modular.training import train_members
 from toy_modular.workers import Failed, Job, run_jobs
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,7 @@ def test_the_better_half_goes_on_and_a_hit_ends_the_search():
     }
     assert survivors(trials, [1.0, 2.0, 4.0, 8.0]) == [1.0, 2.0]
     assert survivors(trials, [2.0]) == [2.0]
+    assert survivors(trials, [1.0, 2.0, 4.0]) == [1.0, 2.0]
     assert survivors(trials | {4.0: trial("target", 2.0, 90)}, [1.0, 2.0, 4.0]) == []
 
 
@@ -61,17 +62,18 @@ def test_trials_rank_by_tokens_to_the_target_then_loss_and_nan_is_last():
     assert order == [1, 0, 2, 3]
 
 
-def test_candidates_go_on_and_are_not_begun_again(tmp_path, monkeypatch):
-    """Rungs of one candidate are at growing steps of one folder; a hit stops what is slower."""
+def test_candidates_go_on_and_a_hit_ends_the_search(tmp_path, monkeypatch):
+    """Rungs of one candidate are at growing steps of one folder."""
     asked = []
 
-    def jobs(given, engine, note):
+    def jobs(given, engine, note, compiled):
         for job in given:
-            asked.append((job.folders[0].name, job.until))
             (config,) = job.configs
+            asked.append((job.folders[0].name, job.until))
             assert config.measure.per_doubling == 0
-            hit = config.lr == 2e-3 and job.until >= 50
-            yield job, [trial("target" if hit else "paused", 3 - config.lr, 40.0 if hit else None)]
+            # the highest rate has the least loss, and the second hits at step 40
+            hit = config.lr == 4e-3 and job.until >= 40
+            yield job, [trial("target", 2.0, 40.0, 40) if hit else trial(loss=3 - config.lr)]
 
     monkeypatch.setattr(search, "run_jobs", jobs)
     study = tiny_study(
@@ -80,14 +82,13 @@ def test_candidates_go_on_and_are_not_begun_again(tmp_path, monkeypatch):
     )  # fmt: skip
     kind = Kind("untied", 4)
     found = search.search(study, [kind], tmp_path, "sequential", lambda text: None)[kind]
-    # 12 steps each, then the two with the least loss to 50; 2e-3 is not among the best of loss
-    assert asked[:4] == [(f"untied-b4-lr{lr}", 12) for lr in ("0.001", "0.002", "0.004", "0.008")]
-    assert asked[4:6] == [(f"untied-b4-lr{lr}", 50) for lr in ("0.004", "0.008")]
-    assert found.lr in found.trials
+    first = [(f"untied-b4-lr{lr}", 12) for lr in ("0.001", "0.002", "0.004", "0.008")]
+    assert asked == [*first, *((f"untied-b4-lr{lr}", 50) for lr in ("0.004", "0.008"))]
+    assert (found.lr, found.edge) == (4e-3, False)
 
 
 def test_an_edge_is_moved_outwards(tmp_path, monkeypatch):
-    def jobs(given, engine, note):
+    def jobs(given, engine, note, compiled):
         for job in given:
             yield job, [trial("max_steps", 3 - job.configs[0].lr)]
 
@@ -138,7 +139,7 @@ def test_a_study_leaves_runs_a_table_and_what_was_selected(studied):
     assert "untied-b4: lr" in printed
 
 
-def test_the_same_command_repeats_nothing_and_more_seeds_add(studied):
+def test_the_same_command_repeats_nothing(studied):
     out, given, _ = studied
     before = {path: path.stat().st_mtime_ns for path in out.rglob("state.npz")}
     assert main(given) == 0
@@ -176,18 +177,52 @@ def test_a_killed_study_goes_on(tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (curve.exists() and curve.stat().st_size > 2000):
         time.sleep(0.05)
-    os.killpg(study.pid, signal.SIGKILL)
+    study.kill()  # its worker has to end by itself
     study.wait()
+    time.sleep(1)
+    size = curve.stat().st_size
+    time.sleep(1)
+    assert curve.stat().st_size == size
     steps = [json.loads(line)["step"] for line in curve.read_text().splitlines()]
     assert 4 < steps[-1] < 4000
     config = resolve(dict(word.split("=", 1) for word in given)).member(Kind("untied", 4), 0, 1e-3)
-    from toy_modular.training import train_members
-
     (result,) = train_members([config], [curve.parent], until=steps[-1] + 2)
     seen = [json.loads(line) for line in curve.read_text().splitlines()]
     assert result["step"] == steps[-1] + 2
     vals = [row["step"] for row in seen if row["kind"] == "val"]
     assert vals == list(range(0, steps[-1] + 3, 2))
+
+
+def test_seeds_train_together_and_again_there_is_nothing_to_do(tmp_path):
+    given = words(out=tmp_path / "toy", stages="untied", figures="false", engine="together",
+                  seeds="0,1", measure__per_doubling=0)  # fmt: skip
+    with quick_compiler():
+        assert main(given) == 0
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+        assert len(before) == 2
+        assert main(given) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
+
+
+def test_a_member_that_has_gone_on_is_told_as_it_was(tmp_path):
+    """A search that is begun again sees what it saw the first time."""
+    config = tiny_member(measure__per_doubling=0)
+    with quick_compiler():
+        (early,) = train_members([config], [tmp_path / "run"], until=4)
+        (end,) = train_members([config], [tmp_path / "run"])
+    assert (early["reason"], early["step"], end["reason"]) == ("paused", 4, "max_steps")
+    assert train_members([config], [tmp_path / "run"], until=4) == [early]
+
+
+def test_no_worker_starts_after_the_end(tmp_path):
+    jobs = [Job((tiny_member(seed=i),), (tmp_path / str(i),), 2) for i in range(6)]
+    results = run_jobs(jobs, "processes", lambda text: None)
+    next(results)
+    results.close()
+    time.sleep(0.5)
+    begun = sorted(path.name for path in tmp_path.iterdir())
+    time.sleep(1.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == begun != [str(i) for i in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +240,7 @@ def test_a_killed_study_goes_on(tmp_path):
         ({"rates": "published"}, "rates=published: none is for stage untied at batch 4"),
         ({"seeds": "-1"}, "give 0 or more"),
         ({"stagess": "muon"}, "unknown key stagess=muon; did you mean stages"),
+        ({"target_accuracy": "0.9"}, "target_accuracy=0.9 with task=banded: only task=grok"),
         ({"target_loss": "0"}, "target_loss=0.0: give a positive loss, or none"),
         ({"banded.c_min": "70"}, "c_min=70 is above vocab_size=64"),
         ({"measure.rows": "512", "measure.chunk": "8"}, "measure.rows=512 is more than the 256"),

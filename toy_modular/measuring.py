@@ -30,10 +30,15 @@ def is_due(step: int, eval_every: int, per_doubling: int) -> bool:
         return False
     if step <= eval_every:
         return True
-    now, before = (
-        floor(per_doubling * log2(n / eval_every) + 1e-9) for n in (step, step - eval_every)
-    )
+    now, before = (grid_index(n, eval_every, per_doubling) for n in (step, step - eval_every))
     return now > before
+
+
+def grid_index(step: int, eval_every: int, per_doubling: int) -> int:
+    """The number of the last point of that grid up to a step; 0 for step 0."""
+    if step < eval_every:
+        return 0
+    return 1 + floor(per_doubling * log2(step / eval_every) + 1e-9)
 
 
 def measured_rows(train: Any, rows: int, seed: int) -> Any:
@@ -72,9 +77,10 @@ class Instrument:
             // (self._config.batch or self._config.train_rows),
         }
         write_step(self._folder / "spectra", at["step"], self.spectra(params), meta)
-        index = len(list((self._folder / "spectra").glob("step_*.npz"))) - 1
+        index = grid_index(at["step"], self._config.eval_every, measure.per_doubling)
         features = TASKS[self._config.task].make_features(shared(self._config))
-        if features is not None and (reason or crossed or index % measure.bands_every == 0):
+        on_grid = due and index % measure.bands_every == 0
+        if features is not None and (reason or crossed or on_grid):
             arrays = features(params, reason is not None)
             write_step(self._folder / "features", at["step"], arrays, meta)
 
@@ -97,5 +103,7 @@ def _measure_step(config: RunConfig):
         weights=problem.weights,
         samples=measure.samples,
         chunk=measure.chunk,
+        # h has a norm of one a coordinate already, and the proxy is h but for its length
+        normalise=False,
     )
     return make_measure_step(problem.loss, lens)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.atomic_files import write_bytes_atomic, write_json
+from models.atomic_files import remove_unfinished, write_bytes_atomic, write_json
 from models.command_line import UsageError
 from toy_modular.run_config import RunConfig, from_nested, nested
 
@@ -28,6 +28,7 @@ class MemberFolder:
     def __init__(self, path: str | Path, config: RunConfig):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)  # of a writer that was killed
         stored = self.path / "config.json"
         if not stored.exists():
             write_json(stored, nested(config))
@@ -42,14 +43,14 @@ class MemberFolder:
     def write_result(self, result: dict) -> None:
         write_json(self.path / "result.json", result)
 
-    def rows(self, until: int) -> list[dict]:
-        """Rows of the curve at steps up to `until`."""
+    def rows(self) -> list[dict]:
+        """Rows of the curve, steps ascending."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
         try:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            return [row for row in rows if row["step"] <= until]
+            return sorted(rows, key=lambda row: row["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is damaged ({error}); remove its folder") from error
 
@@ -79,10 +80,6 @@ class MemberFolder:
         except Exception as error:  # zipfile, zlib and NumPy raise many kinds on damaged bytes
             raise UsageError(f"{path} is damaged ({error}); remove its folder") from error
         return jax.tree.unflatten(structure, found)
-
-    def drop_state(self) -> None:
-        """Forgets where the member stands; its curve and its result stay."""
-        (self.path / "state.npz").unlink(missing_ok=True)
 
     def _json(self, name: str) -> dict:
         try:

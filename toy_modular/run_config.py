@@ -109,6 +109,13 @@ class RunConfig:
             raise ValueError(
                 f"target_accuracy={self.target_accuracy}: give a share up to 1, or none"
             )
+        if self.target_accuracy is not None and self.task != "grok":
+            raise ValueError(
+                f"target_accuracy={self.target_accuracy} with task={self.task}: only task=grok has "
+                f"an accuracy; give target_loss"
+            )
+        if not all(0 < level < float("inf") for level in self.measure.levels):
+            raise ValueError(f"measure.levels={self.measure.levels}: give positive losses")
         rows = self.train_rows
         if self.batch is not None and self.batch > rows:
             raise ValueError(

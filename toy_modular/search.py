@@ -1,8 +1,8 @@
 """Learning-rate search by successive halving, for all kinds of a study at once.
 
-Candidates of a kind train in rungs; after a rung the better half goes on from where it stands. A
-candidate that reaches the target ends the search of its kind: all others have trained as long in
-vain. A winner at the edge of its grid is tried against the next rate beyond it.
+Candidates of a kind train in rungs; after a rung the better half, rounded up, goes on from where it
+stands. A candidate that reaches the target ends the search of its kind after the rung. A winner at
+the edge of its grid is tried against the next rate beyond it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -69,12 +69,12 @@ def search(
 
 
 def survivors(trials: Results, rates: list[float]) -> list[float]:
-    """Which rates of a rung go on: none once one has hit the target, else the better half."""
+    """Which rates of a rung go on: the better half, rounded up; none once one hit the target."""
     if any(trials[rate]["reason"] == "target" for rate in rates):
         return []
-    fit = [rate for rate in rates if trials[rate]["reason"] == "paused"]
+    fit = [rate for rate in rates if trials[rate]["reason"] != "diverged"]
     fit.sort(key=lambda rate: rank_key(trials[rate]))
-    return sorted(fit[: max(1, len(rates) // 2)])
+    return sorted(fit[: (len(rates) + 1) // 2])
 
 
 def _outside(trials: Results) -> float | None:
@@ -86,7 +86,7 @@ def _outside(trials: Results) -> float | None:
 
 
 def _train(study, going, share, folder, engine, note, trials) -> None:
-    jobs, kind_of = [], {}
+    jobs, kind_of, compiled = [], {}, folder.parent / "compiled"
     for kind, rates in going.items():
         members = [_unmeasured(study, kind, rate) for rate in rates]
         steps = members[0].eval_every
@@ -97,12 +97,17 @@ def _train(study, going, share, folder, engine, note, trials) -> None:
         for job in grouped(members, folders, until, engine):
             kind_of[job.folders] = kind
             jobs.append(job)
-    for job, results in run_jobs(jobs, engine, note):
+    for done, (job, results) in enumerate(run_jobs(jobs, engine, note, compiled), start=1):
         if isinstance(results, Failed):
             raise UsageError(f"the search at {job.folders[0]} broke off: {results.error}")
         kind = kind_of[job.folders]
         for config, result in zip(job.configs, results, strict=True):
             trials[kind][config.lr] = result
+            loss = result.get("val_loss", float("nan"))
+            note(
+                f"search [{done}/{len(jobs)}] {kind.name} lr {config.lr:.4g}: {result['reason']} "
+                f"at step {result['step']}, val loss {loss:.3f}"
+            )
 
 
 def _unmeasured(study: Study, kind: Kind, rate: float):
@@ -112,6 +117,8 @@ def _unmeasured(study: Study, kind: Kind, rate: float):
 
 def grouped(members, folders, until: int | None, engine: str) -> Iterator[Job]:
     """Members of one kind as one job for a program that takes them together, else a job each."""
+    if not members:
+        return
     if engine == "together":
         yield Job(tuple(members), tuple(folders), until)
     else:

@@ -5,7 +5,6 @@ to its target, and the figures are drawn. Whatever is finished is on disk and no
 command goes on where it was stopped.
 """
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +31,6 @@ def run_study(study: Study, note: Note) -> Path:
     Raises UsageError for a folder of another study, and at the very end if a member failed.
     """
     with StudyFolder(study) as folder:
-        # workers compile what another has compiled, a rung of the search before for instance
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.path.absolute() / "compiled"))
         engine = choose_engine(study.config.engine)
         note(f"study in {folder.path}, engine={engine}")
         selections = _select(study, folder, engine, note)
@@ -41,9 +38,12 @@ def run_study(study: Study, note: Note) -> Path:
         write_table(folder.path)
         note(describe_runs(folder.path))
         if study.config.figures:
-            _draw(study, folder.path, note)
+            try:
+                _draw(study, folder.path, note)
+            except (ValueError, OSError) as error:
+                failures.append(f"the figures: {error}")
     if failures:
-        raise UsageError(f"{len(failures)} members failed, the first: {failures[0]}")
+        raise UsageError(f"{len(failures)} failures, the first: {failures[0]}")
     return folder.path
 
 
@@ -86,7 +86,9 @@ def _train_all(
         left = [seed for seed in members if not (places[seed] / "result.json").exists()]
         jobs += grouped([members[s] for s in left], [places[s] for s in left], None, engine)
     failures = []
-    for done, (job, results) in enumerate(run_jobs(jobs, engine, note), start=1):
+    for done, (job, results) in enumerate(
+        run_jobs(jobs, engine, note, folder.path / "compiled"), start=1
+    ):
         if isinstance(results, Failed):
             failures.append(f"{job.folders[0]}: {results.error}")
             note(f"failed, the others go on: {failures[-1]}")
@@ -104,8 +106,8 @@ def _draw(study: Study, path: Path, note: Note) -> None:
     if study.task == "rff":
         from lens_jax.show import draw_run
 
-        for run in sorted((path / "runs").iterdir()):
-            note(str(draw_run(run)))
+        for spectra in sorted(path.glob("runs/*/spectra")):
+            note(str(draw_run(spectra.parent)))
         return
     from toy_modular.figures import draw_figures
 

@@ -40,6 +40,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "laptop": {
         "base_rate": 1.2e-3,
+        "multipliers": (1.0, 2.0, 4.0),
         "stages": ("muon", "untied"),
         "side_stages": ("baseline", "rope"),
         "batches": (32, 64, 128, 256, 512),
@@ -50,7 +51,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "banded.vocab_size": 256,
         "banded.seq_len": 32,
         "size.n_embd": 64,
-        "measure.bands": ("53:60", "48:60", "12:3"),
+        "measure.bands": ("37:60", "36:60", "12:3"),
         "measure.levels": (5.0, 4.5, 4.0, 3.5),
     },
 }
@@ -261,10 +262,10 @@ def help_class() -> type:
 
 
 def help_values(arguments: list[str]) -> dict[str, Any]:
-    """The value every key would have, by the first stage that is asked for."""
+    """The value every key would have, of a run by the first stage that is asked for."""
     words = [word for word in arguments if "=" in word]
     study = resolve(parse_words(words))
-    kind = study.kinds()[-1]
+    kind = study.kinds()[0]
     shown = flatten(study.member(kind, 0, study.candidates(kind)[0]))
     return shown | flatten(study.config)
 

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from models.atomic_files import write_json
+from models.atomic_files import is_unfinished, write_json
 from models.command_line import UsageError
 from toy_modular.run_config import nested
 from toy_modular.study_config import Study
@@ -69,7 +69,9 @@ class StudyFolder:
                         f"{self.path} belongs to another study: {key} was {old}, now {new}; set it "
                         f"back, or choose another out="
                     )
-        elif any(entry.name != "lock" for entry in self.path.iterdir()):
+        elif any(
+            entry.name != "lock" and not is_unfinished(entry) for entry in self.path.iterdir()
+        ):
             raise UsageError(f"{self.path} is no study: no config.json; choose another out=")
         write_json(config, self._document)
 

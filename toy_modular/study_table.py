@@ -39,7 +39,7 @@ def _is_published(config: dict) -> bool:
     return (
         config["task"] == "banded"
         and (laws["vocab_size"], laws["seq_len"], size["n_embd"]) == (1024, 64, 128)
-        and config["target_loss"] == 2.0
+        and (config["target_loss"], config["max_steps"]) == (2.0, 5000)
     )
 
 

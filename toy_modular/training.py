@@ -22,6 +22,10 @@ from toy_modular.problem import Data
 from toy_modular.run_config import MeasureConfig, RunConfig
 from toy_modular.tasks import TASKS
 
+NOTE_SECONDS = 10.0
+NEAR_LOSS, NEAR_ACCURACY = 0.15, 0.005
+"""How far from its target a score of some validation rows sends for that of all of them."""
+
 Note = Callable[[str], None]
 
 
@@ -36,14 +40,34 @@ def train_members(
 
     configs: differ in seed and lr only. until: the step at which they pause, max_steps by default,
     where a member ends for good, as it does on its target or on a loss that is not finite.
-    Members are measured as config.measure says. Returns for every member its result, or for one
-    that has paused {"reason": "paused", "step", "tokens", "val_loss"}.
+    Members are measured as config.measure says. Returns for every member its result, or
+    {"reason": "paused", "step", "tokens", "val_loss"} for one that has not ended by `until`,
+    whether or not it has gone on since.
     """
-    runs = _Runs(configs, folders)
     until = configs[0].max_steps if until is None else min(until, configs[0].max_steps)
-    while runs.advance(until):
-        note(runs.describe(until))
-    return runs.results()
+    pairs = list(zip(configs, folders, strict=True))
+    known = [outcome(config, folder, until) for config, folder in pairs]
+    if None in known:
+        runs, told = _Runs(configs, folders), time.monotonic()
+        while runs.advance(until):
+            if time.monotonic() - told >= NOTE_SECONDS:
+                told = time.monotonic()
+                note(runs.describe(until))
+        known = [outcome(config, folder, until) for config, folder in pairs]
+    return known
+
+
+def outcome(config: RunConfig, folder: str | Path, until: int) -> dict | None:
+    """What a member's folder says of it at step `until`; None if it has not come that far."""
+    member = MemberFolder(folder, config)
+    result = member.result
+    if result is not None and result["step"] <= until:
+        return result
+    seen = [row for row in member.rows() if row["kind"] == "val"]
+    if until >= config.max_steps or not seen or seen[-1]["step"] < until:
+        return None
+    row = [row for row in seen if row["step"] <= until][-1]
+    return {"reason": "paused", **{k: row[k] for k in ("step", "tokens")}, "val_loss": row["loss"]}
 
 
 class _Runs:
@@ -70,7 +94,10 @@ class _Runs:
         self.ended = [folder.result for folder in self.folders]
         self.members = stack([self._place(i) for i in range(len(configs))])
         self.steps = [int(step) for step in np.asarray(self.members.step)]
-        self.curves = [f.rows(step) for f, step in zip(self.folders, self.steps, strict=True)]
+        self.curves = [
+            [row for row in folder.rows() if row["step"] <= step]
+            for folder, step in zip(self.folders, self.steps, strict=True)
+        ]
         self.began, self.done_before = time.monotonic(), sum(self.steps)
         for i, step in enumerate(self.steps):
             if step == 0 and not self.curves[i]:
@@ -102,31 +129,35 @@ class _Runs:
         return True
 
     def _record(self, i: int, train_loss: float | None, scores: dict) -> None:
-        """Takes in what a dispatch showed of a member; measures, ends and saves it."""
+        """Takes in what a dispatch showed of a member; measures, ends and saves it.
+
+        scores: of the validation rows that are looked at every time. Near the target all rows are
+        scored as well, and those scores decide.
+        """
         config, step = self.configs[i], self.steps[i]
         at = {"step": step, "tokens": step * config.tokens_per_step}
         rows = self.curves[i]
-        reason = _ending(config, step, train_loss, scores)
-        if reason == "diverged":  # what is no number has no place in a curve
-            self._end(i, reason, at, {})
+        if not (math.isfinite(scores["loss"]) and math.isfinite(train_loss or 0.0)):
+            self._end(i, "diverged", at, {})  # what is no number has no place in a curve
             return
         if self.program.problem.score_train:
             rows.append({"kind": "train", **at, **self._scores(self.train, i)})
         elif train_loss is not None:
             rows.append({"kind": "train", **at, "loss": train_loss})
-        glanced = min(config.eval_rows, _count(self.val))
-        if reason == "target" and glanced < _count(self.val):  # a glance may be lucky
-            scores, glanced = self._scores(self.val, i), _count(self.val)
-            reason = _ending(config, step, train_loss, scores)
-        before = [row["loss"] for row in rows if row["kind"] == "val"]
-        rows.append({"kind": "val", **at, **scores, "rows": glanced})
+        earlier_losses = [row["loss"] for row in rows if row["kind"] == "val"]
+        row = {"kind": "val", **at, **scores, "rows": _count(self.glance)}
+        deciding = scores
+        if _count(self.glance) < _count(self.val) and _is_near(config, scores):
+            deciding = self._scores(self.val, i)
+            row |= {f"full_{name}": value for name, value in deciding.items()}
+        rows.append(row)
+        reason = _ending(config, step, deciding)
         params = take(self.members.params, i)
-        self.instruments[i].look(params, at | {"val_loss": scores["loss"]}, before, reason)
+        self.instruments[i].look(params, at | {"val_loss": scores["loss"]}, earlier_losses, reason)
         self.folders[i].write_rows(rows)
         if reason is not None:
             splits = {"val": self.val} | ({} if self.test is None else {"test": self.test})
-            found = {name: self._scores(split, i) for name, split in splits.items()}
-            self._end(i, reason, at, found)
+            self._end(i, reason, at, {name: self._scores(of, i) for name, of in splits.items()})
         self.folders[i].save(take(self.members, i))
 
     def _end(self, i: int, reason: str, at: dict, scores: dict[str, dict]) -> None:
@@ -148,20 +179,13 @@ class _Runs:
         found = self.program.evaluate(params, self.slots[i : i + 1], rows)
         return {name: float(value[0]) for name, value in found.items()}
 
-    def results(self) -> list[dict]:
-        """How every member ended, or where it paused."""
-        return [
-            ended or {"reason": "paused", **_last(rows)}
-            for ended, rows in zip(self.ended, self.curves, strict=True)
-        ]
-
     def describe(self, until: int) -> str:
         """A line on how far the members are and when they may be there at the latest."""
-        going = [i for i, ended in enumerate(self.ended) if ended is None]
+        going = [i for i, e in enumerate(self.ended) if e is None and self.steps[i] < until]
         spent = time.monotonic() - self.began
         done = sum(self.steps) - self.done_before
         left = sum(until - self.steps[i] for i in going)
-        best = min(rows[-1]["loss"] for rows in self.curves)
+        best = min(rows[-1]["loss"] for rows in self.curves if rows)
         return (
             f"{self.config.stage} batch {self.config.batch}: step {max(self.steps)}/{until}, "
             f"val loss {best:.3f}, {done * self.config.tokens_per_step / spent:,.0f} tok/s, "
@@ -189,15 +213,16 @@ def _count(rows: Any) -> int:
     return jax.tree.leaves(rows)[0].shape[1]
 
 
-def _last(rows: list[dict]) -> dict:
-    row = [row for row in rows if row["kind"] == "val"][-1]
-    return {"step": row["step"], "tokens": row["tokens"], "val_loss": row["loss"]}
+def _is_near(config: RunConfig, scores: dict) -> bool:
+    """Whether scores of some rows leave it open that all rows reach the target."""
+    if config.target_loss is not None and scores["loss"] <= config.target_loss + NEAR_LOSS:
+        return True
+    target = config.target_accuracy
+    return target is not None and scores["accuracy"] >= target - NEAR_ACCURACY
 
 
-def _ending(config: RunConfig, step: int, train_loss: float | None, scores: dict) -> str | None:
+def _ending(config: RunConfig, step: int, scores: dict) -> str | None:
     """Why a member ends here, None where it goes on."""
-    if not math.isfinite(scores["loss"]) or not math.isfinite(train_loss or 0.0):
-        return "diverged"
     if config.target_loss is not None and scores["loss"] <= config.target_loss:
         return "target"
     if config.target_accuracy is not None and scores["accuracy"] >= config.target_accuracy:
@@ -206,12 +231,18 @@ def _ending(config: RunConfig, step: int, train_loss: float | None, scores: dict
 
 
 def crossing_tokens(rows: Sequence[dict], target: float | None) -> float | None:
-    """Tokens at which the validation loss crosses the target, between its last two rows.
+    """Tokens at which the loss of all validation rows crosses the target, by the last two looks.
 
-    Linear in tokens; None without a target or a row above it.
+    Linear in tokens. A look at some rows only is off by as much as the next one is. None without a
+    target or a look above it.
     """
-    seen = [(row["tokens"], row["loss"]) for row in rows if row["kind"] == "val"]
+    seen = [row for row in rows if row["kind"] == "val"]
     if target is None or len(seen) < 2:
         return None
-    (t0, l0), (t1, l1) = seen[-2:]
-    return t0 + (t1 - t0) * (l0 - target) / (l0 - l1) if l0 > target >= l1 else None
+    first, last = seen[-2:]
+    end = last.get("full_loss", last["loss"])
+    begin = first.get("full_loss", first["loss"] + end - last["loss"])
+    if not begin > target >= end:
+        return None
+    share = (begin - target) / (begin - end)
+    return first["tokens"] + (last["tokens"] - first["tokens"]) * share

@@ -6,15 +6,14 @@ to its core, which gives XLA and NumPy one thread each.
 
 import json
 import os
+import queue
 import signal
 import sys
-import time
-
-NOTE_SECONDS = 10.0
+import threading
 
 
 def main(core: int) -> None:
-    """Serves jobs from standard input until it closes."""
+    """Serves jobs from standard input; ends at once when it closes."""
     os.sched_setaffinity(0, {core})
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers itself
@@ -22,24 +21,27 @@ def main(core: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may speak among the answers
 
     from toy_modular.training import train_members
-    from toy_modular.workers import Job
-
-    told = -float("inf")
+    from toy_modular.workers import Job, describe_error
 
     def note(text: str) -> None:
-        nonlocal told
-        if time.monotonic() - told >= NOTE_SECONDS:
-            told = time.monotonic()
-            answers.write(json.dumps({"note": text}) + "\n")
+        answers.write(json.dumps({"note": text}) + "\n")
 
-    for line in sys.stdin:
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    while True:
+        line = jobs.get()
         try:
             job = Job.from_json(line)
             results = train_members(job.configs, job.folders, until=job.until, note=note)
             answers.write(json.dumps({"results": results}) + "\n")
         except Exception as error:  # told to the study, which goes on with other jobs
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            answers.write(json.dumps({"error": text}) + "\n")
+            answers.write(json.dumps({"error": describe_error(error)}) + "\n")
+
+
+def _listen(jobs: queue.SimpleQueue) -> None:
+    for line in sys.stdin:
+        jobs.put(line)
+    os._exit(0)  # the study is gone, and another may go on in its folder at any moment
 
 
 if __name__ == "__main__":

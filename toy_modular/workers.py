@@ -2,7 +2,7 @@
 
 On a CPU a toy member keeps one core busy and no more, so single-thread processes beside each other
 are faster than one process with all cores; on an accelerator one program with a batch axis of
-members is (`python -m toy_modular.bench`). All three write the same folders.
+members should be (`python benchmarks/toy_engines.py`). All three write the same folders.
 """
 
 import json
@@ -64,34 +64,44 @@ def choose_engine(engine: Engine) -> str:
 
 
 def run_jobs(
-    jobs: Sequence[Job], engine: str, note: Callable[[str], None]
+    jobs: Sequence[Job],
+    engine: str,
+    note: Callable[[str], None],
+    compiled: Path | None = None,
 ) -> Iterator[tuple[Job, list[dict] | Failed]]:
     """Trains all jobs and yields each with the results of its members as it is done.
 
-    A job that fails is yielded as Failed; the others go on.
+    A job that fails is yielded as Failed; the others go on. compiled: a folder for what one worker
+    compiles and another, or a later rung of a search, need not compile again.
     """
     if engine == "processes":
-        yield from _in_processes(jobs, len(os.sched_getaffinity(0)), note)
+        yield from _in_processes(jobs, note, compiled)
         return
     from toy_modular.training import train_members
 
     for job in jobs:
-        yield (
-            job,
-            train_members(job.configs, job.folders, until=job.until, note=note),
-        )
+        try:
+            results = train_members(job.configs, job.folders, until=job.until, note=note)
+        except Exception as error:  # told to the study, which goes on with other jobs
+            results = Failed(describe_error(error))
+        yield job, results
 
 
-def _in_processes(jobs, count: int, note):
+def describe_error(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _in_processes(jobs, note, compiled):
     """Workers on a core each take jobs from one queue; a job that kills its worker is given up."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    cores = sorted(os.sched_getaffinity(0))[: min(count, len(jobs))]
+    cores = sorted(os.sched_getaffinity(0))[: len(jobs)]
     with ExitStack() as stack:
         for core in cores:
-            worker = stack.enter_context(_Worker(core))
+            worker = stack.enter_context(_Worker(core, compiled))
             threading.Thread(target=worker.serve, args=(waiting, done), daemon=True).start()
         finished = 0
         while finished < len(jobs):
@@ -106,21 +116,27 @@ def _in_processes(jobs, count: int, note):
 class _Worker:
     """A process `python -m toy_modular.worker` on one core: a line of JSON in, lines out."""
 
-    def __init__(self, core: int):
+    def __init__(self, core: int, compiled: Path | None):
         self._core = core
+        self._environment = dict(os.environ)
+        if compiled is not None:
+            self._environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled.absolute()))
         self._process: subprocess.Popen | None = None
+        self._lock, self._closed = threading.Lock(), False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        with self._lock:
+            self._closed = True
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def serve(self, waiting, done) -> None:
         """Works off the queue; runs on a thread of its own."""
-        while True:
+        while not self._closed:
             try:
                 job = waiting.get_nowait()
             except queue.Empty:
@@ -129,7 +145,7 @@ class _Worker:
             try:
                 done.put(("job", job, self._train(job, done)))
             except Exception as error:
-                done.put(("job", job, Failed(f"{type(error).__name__}: {error}")))
+                done.put(("job", job, Failed(describe_error(error))))
 
     def _train(self, job: Job, done) -> list[dict] | Failed:
         process = self._running()
@@ -146,11 +162,15 @@ class _Worker:
         return Failed(f"the worker ended with exit code {process.wait()}")
 
     def _running(self) -> subprocess.Popen:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "toy_modular.worker", str(self._core)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        return self._process
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the study has ended")
+            if self._process is None or self._process.poll() is not None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "toy_modular.worker", str(self._core)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=self._environment,
+                )
+            return self._process
