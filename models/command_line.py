@@ -216,11 +216,20 @@ def build(cls: type, layers: Iterable[Layer]) -> tuple[Any, dict[str, str]]:
         raise UsageError(str(error).splitlines()[0]) from None
 
 
-def help_page(usage: str, cls: type, aliases: Mapping[str, str], values: Mapping[str, Any]) -> str:
-    """The text of `--help`: usage, then every key with its value here, its type and its meaning."""
+def help_page(
+    usage: str,
+    cls: type,
+    aliases: Mapping[str, str],
+    values: Mapping[str, Any],
+    known: Mapping[str, Leaf] | None = None,
+) -> str:
+    """The text of `--help`: usage, then every key with its value here, its type and its meaning.
+
+    known: the keys, where they are not those of `cls`.
+    """
     short = {full: f" (also {alias}=)" for alias, full in aliases.items()}
     lines = [usage.rstrip(), "", "keys (with the value they have in this command):"]
-    for key, leaf in leaves(cls).items():
+    for key, leaf in (known or leaves(cls)).items():
         shown = values.get(key, leaf.default)
         shown = ",".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
         meaning = leaf.doc or describe(leaf.type)

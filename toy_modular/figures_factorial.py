@@ -103,8 +103,8 @@ def _claim(effect: Effect, other: Effect, bands) -> Claim:
         "factorial", f"{effect.factor}: raises H_peak beyond its null", n, effect.seeds,
         f"bands {', '.join(bands).replace('_', ':')}", test.statistic, test.p, control, outcome,
         f"{outcome.capitalize()}: {effect.factor} changes H_peak by "
-        f"{number(test.statistic, '+.3f')} over {words(n, 'pair')}, {p_text(test)} by signs; "
-        f"{control}.",
+        f"{number(test.statistic, '+.3f')} over {words(n, 'pair')}, {p_text(test)} by signs, as if "
+        f"pairs of one seed were independent; {control}.",
     )  # fmt: skip
 
 

@@ -237,7 +237,8 @@ def _rise_claim(two, change: Change, bands, where: str) -> Claim:
         "11b", f"{name}: H_peak rises", n, len({seed for _, seed in change.members}),
         f"bands {', '.join(bands).replace('_', ':')}", test.statistic, test.p, control, outcome,
         f"{outcome.capitalize()}: from {name} H_peak changes by {number(test.statistic, '+.3f')} "
-        f"({where}, {words(n, 'pair')}, {p_text(test)} by signs); {control}.",
+        f"({where}, {words(n, 'pair')}, {p_text(test)} by signs, as if pairs of "
+        f"one seed were independent); {control}.",
     )  # fmt: skip
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from models.command_line import UsageError, help_page, parse_words, run_command
 from toy_modular.search import Selection, grouped, search
-from toy_modular.study_config import Kind, Study, help_class, help_values, resolve
+from toy_modular.study_config import (
+    Kind,
+    Study,
+    StudyConfig,
+    help_values,
+    known_keys,
+    resolve,
+)
 from toy_modular.study_folder import StudyFolder
 from toy_modular.study_table import describe_runs, write_table
 from toy_modular.workers import Failed, choose_engine, run_jobs
@@ -118,7 +125,7 @@ def _draw(study: Study, path: Path, note: Note) -> None:
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     if {"--help", "-h", "help"} & set(arguments):
-        print(help_page(USAGE, help_class(), {}, help_values(arguments)))
+        print(help_page(USAGE, StudyConfig, {}, help_values(arguments), known_keys()))
         return 0
     began = time.monotonic()
 

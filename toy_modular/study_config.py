@@ -208,8 +208,8 @@ class Study(NamedTuple):
     def _lengths(self, kind: Kind) -> dict[str, int]:
         """Steps of a kind between validations and in all, where they are given in sequences."""
         found, config = {}, self.config
-        steps = 1
-        if config.eval_sequences is not None:
+        steps = self.typed.get("eval_every", 1)
+        if config.eval_sequences is not None and "eval_every" not in self.typed:
             steps = found["eval_every"] = max(1, config.eval_sequences // kind.batch)
         if config.sequences is not None:
             found["max_steps"] = max(1, config.sequences // kind.batch // steps) * steps
@@ -242,23 +242,16 @@ PRESETS = {
     "grok": {"laptop": GROK, "paper": GROK_PUBLISHED},
     "rff": {"laptop": RFF, "paper": RFF_PUBLISHED},
 }
-_RUN_KEYS = frozenset(leaves(RunConfig)) - {"stage", "batch", "seed", "lr"}
-"""Keys of a run that may be typed; the others vary within a study."""
+_RUN_KEYS = frozenset(leaves(RunConfig)) - {
+    *("stage", "batch", "seed", "lr"),
+    *("size.vocab_size", "size.short_row", "size.long_row"),
+}
+"""Keys of a run that may be typed; the others vary within a study, or follow from the task."""
 
 
 def known_keys() -> dict:
     """Every key of the command: those of the study and those of its runs."""
     return leaves(StudyConfig) | {k: v for k, v in leaves(RunConfig).items() if k in _RUN_KEYS}
-
-
-@chz.chz
-class _Keys(StudyConfig, RunConfig):
-    """Both, for the page of help."""
-
-
-def help_class() -> type:
-    """A class whose leaves are all keys of the command."""
-    return _Keys
 
 
 def help_values(arguments: list[str]) -> dict[str, Any]:

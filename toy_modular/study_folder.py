@@ -61,9 +61,9 @@ class StudyFolder:
             ) from error
         config = self.path / "config.json"
         if config.exists():
-            stored = _read(config)
-            for key in sorted(stored.keys() | self._document.keys()):
-                old, new = stored.get(key), self._document.get(key)
+            stored, own = (_flat(document) for document in (_read(config), self._document))
+            for key in sorted(stored.keys() | own.keys()):
+                old, new = stored.get(key), own.get(key)
                 if key not in FREE and old != new:
                     raise UsageError(
                         f"{self.path} belongs to another study: {key} was {old}, now {new}; set it "
@@ -84,6 +84,11 @@ class StudyFolder:
     def add_selected(self, found: dict) -> None:
         """Keeps what a search has selected."""
         write_json(self.path / "selected.json", self.selected | found)
+
+
+def _flat(document: dict) -> dict:
+    """Keys of the study and what was typed of its runs, as one."""
+    return {k: v for k, v in document.items() if k != "run"} | document.get("run", {})
 
 
 def _read(path: Path) -> dict:
