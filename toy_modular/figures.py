@@ -126,6 +126,8 @@ def run_figures(config: FigureConfig, tell: Callable[[str], None] = print) -> li
     Tells of every file, of every figure that lacks its runs, and of every run that has not ended.
     Raises ValueError with one line for a folder that is no study or a damaged file in it.
     """
+    if not Path(config.study).is_dir():
+        raise ValueError(f"study={config.study}: no such folder")
     out = Path(config.out) if config.out else Path(config.study) / "figures"
     if not out.parent.is_dir():
         raise ValueError(f"out={out}: its folder does not exist; make it, or choose one")

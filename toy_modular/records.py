@@ -32,7 +32,11 @@ CURRENT, NEXT, LAW = "current", "next", "law"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured step of a run; `array` reads from its file."""
+    """One measured step of a run; `array` reads from its file.
+
+    val_loss: of the validation sequences that the run looks at every time; at its last step, where
+    it was decided that it is over, of all of them.
+    """
 
     path: Path
     step: int
@@ -85,12 +89,12 @@ class Run:
     @cached_property
     def spectra(self) -> list[Row]:
         """The steps at which spectra were measured, ascending."""
-        return _rows(self.path / "spectra")
+        return _rows(self.path / "spectra", self.result)
 
     @cached_property
     def features(self) -> list[Row]:
         """The steps at which the bands were probed, ascending."""
-        return _rows(self.path / "features")
+        return _rows(self.path / "features", self.result)
 
     @property
     def bands(self) -> list[str]:
@@ -213,14 +217,16 @@ def _metrics_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _rows(folder: Path) -> list[Row]:
+def _rows(folder: Path, result: dict) -> list[Row]:
     if not folder.is_dir():
         return []
     rows = []
     for path in sorted(path for path in folder.iterdir() if _STEP_FILE.fullmatch(path.name)):
         meta, _, names = _entries(path, None)
         try:
-            loss = float("nan") if meta.get("val_loss") is None else float(meta["val_loss"])
+            ended = result.get("step") == meta["step"] and result.get("val_loss") is not None
+            loss = result["val_loss"] if ended else meta.get("val_loss")
+            loss = float("nan") if loss is None else float(loss)
             rows.append(Row(path, int(meta["step"]), int(meta["tokens"]), loss, names))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: meta without step, tokens or val_loss") from error
