@@ -213,6 +213,12 @@ def clean_band(c: int, o: int, config: BandedConfig) -> Band:
     Walks are ordered by d, then a. Noise, mixing and c_min play no part. Raises ValueError for a
     band outside the vocabulary.
     """
+    check_band(c, o, config)
+    return walks_under(step_law(c, config), o, config)
+
+
+def check_band(c: int, o: int, config: BandedConfig) -> None:
+    """Raises ValueError for a band (c, o) outside the vocabulary."""
     if not 2 <= c <= config.vocab_size:
         raise ValueError(f"band {c}:{o}: give a modulus of 2 to vocab_size={config.vocab_size}")
     if not 0 <= o <= config.vocab_size - c:
@@ -220,7 +226,11 @@ def clean_band(c: int, o: int, config: BandedConfig) -> Band:
             f"band {c}:{o} leaves the vocabulary of {config.vocab_size} tokens; "
             f"give an offset of 0 to {config.vocab_size - c}"
         )
-    law = step_law(c, config)
+
+
+def walks_under(law: np.ndarray, o: int, config: BandedConfig) -> Band:
+    """All walks at offset o under a law of steps (c,), which may leave steps out."""
+    c = law.size
     d = np.repeat(np.flatnonzero(law), c)
     a = np.tile(np.arange(c), d.size // c)
     tokens = sequence(c, o, d, a, config.seq_len + 1)  # (n, T + 1)

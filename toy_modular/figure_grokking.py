@@ -6,12 +6,15 @@ mode at the end of memorising and at the end of the run.
 """
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toy_modular.features import centred, mode_shares, modes, pair_masses
 from toy_modular.grok_summary import GENERALISED, KEY_SHARE, TABLES, GrokRun, read_run, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INCHES = (10.5, 10.4)
 DPI = 150
@@ -24,8 +27,15 @@ WEIGHT_NAMES = {
 }
 
 
-def draw(run_folder: str | Path, out: str | Path | BinaryIO, kind: str = "png") -> dict:
-    """Draws the page of a run to a file, open or by name, and returns its `grok_summary`.
+def draw(run_folder: str | Path, out: str | Path) -> dict:
+    """Draws the page of a run to a file and returns its `grok_summary`; raises as `draw_page`."""
+    figure, found = draw_page(run_folder)
+    figure.savefig(out)
+    return found
+
+
+def draw_page(run_folder: str | Path) -> tuple["Figure", dict]:
+    """The page of a run, and its `grok_summary`.
 
     Raises ValueError for a folder that is no measured run of task=grok.
     """
@@ -38,7 +48,7 @@ def draw(run_folder: str | Path, out: str | Path | BinaryIO, kind: str = "png") 
     run = read_run(run_folder)
     found = summarize(run)
     with rc_context(STYLE):
-        figure = Figure(figsize=INCHES, layout="constrained")
+        figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
         axes = sheet(figure, 3, 3, _note(run, found))
         for ax, panel in zip(axes[:2].flat, PANELS, strict=True):
             panel(ax, run)
@@ -46,8 +56,7 @@ def draw(run_folder: str | Path, out: str | Path | BinaryIO, kind: str = "png") 
         _draw_spectrum(axes[2, 0], run)
         _draw_plane(axes[2, 1], run, place(run, run.trained), "h")
         _draw_plane(axes[2, 2], run, -1, "i")
-        figure.savefig(out, dpi=DPI, format=kind)
-    return found
+    return figure, found
 
 
 def place(run: GrokRun, step: int | None) -> int:

@@ -155,10 +155,7 @@ def _draw_walks(study: Study, config: FigureConfig, out: Path, tell) -> list[Cla
         except Missing as reason:
             tell(f"{name}: not drawn: {reason}")
             continue
-        out.mkdir(exist_ok=True)
-        for kind in FORMATS:
-            path = out / f"figure_{name}.{kind}"
-            write_bytes_atomic(path, _image(figure, kind))
+        for path in _write_figure(figure, out, name):
             tell(f"{name}: {path}")
         claims += found
     return claims
@@ -178,19 +175,15 @@ def grokking_runs(study: str | Path) -> list[Path]:
 
 
 def _draw_grokking(runs: list[Path], out: Path, tell) -> list[Claim]:
-    from toy_modular.figure_grokking import draw
+    from toy_modular.figure_grokking import draw_page
 
     if not runs:
         tell("grokking: not drawn: no measured run of task=grok in the study")
         return []
     claims = []
-    out.mkdir(exist_ok=True)
     for run in runs:
-        for kind in FORMATS:
-            image = io.BytesIO()
-            found = draw(run, image, kind)
-            path = out / f"figure_grokking_{run.name}.{kind}"
-            write_bytes_atomic(path, image.getvalue())
+        figure, found = draw_page(run)
+        for path in _write_figure(figure, out, f"grokking_{run.name}"):
             tell(f"grokking: {path}")
         claims.append(
             Claim(
@@ -224,6 +217,15 @@ def _draw(name: str, study: Study, config: FigureConfig):
         figure = Figure(figsize=getattr(module, inches), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         return getattr(module, function)(figure, study, config), figure
+
+
+def _write_figure(figure, out: Path, name: str) -> list[Path]:
+    """Writes a figure in every format and returns the files."""
+    out.mkdir(exist_ok=True)
+    paths = [out / f"figure_{name}.{kind}" for kind in FORMATS]
+    for path, kind in zip(paths, FORMATS, strict=True):
+        write_bytes_atomic(path, _image(figure, kind))
+    return paths
 
 
 def _image(figure, kind: str) -> bytes:

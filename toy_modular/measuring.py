@@ -62,7 +62,7 @@ class Instrument:
         at: {"step", "tokens", "val_loss"}; losses_before: validation losses of all steps before.
         """
         measure = self._config.measure
-        if measure.per_doubling == 0 or reason == "diverged":
+        if measure.per_doubling == 0:
             return
         least = min(losses_before, default=float("inf"))
         crossed = [level for level in measure.levels if at["val_loss"] <= level < least]

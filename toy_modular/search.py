@@ -62,7 +62,7 @@ def search(
         _train(study, going, 1.0, folder, engine, note, trials)
     chosen = {}
     for kind in kinds:
-        best = min(trials[kind], key=lambda lr, found=trials[kind]: rank_key(found[lr]))
+        best = _best(trials[kind])
         edge = best in (min(trials[kind]), max(trials[kind]))
         chosen[kind] = Selection(best, trials[kind], edge)
     return chosen
@@ -77,9 +77,13 @@ def survivors(trials: Results, rates: list[float]) -> list[float]:
     return sorted(fit[: (len(rates) + 1) // 2])
 
 
+def _best(trials: Results) -> float:
+    return min(trials, key=lambda rate: rank_key(trials[rate]))
+
+
 def _outside(trials: Results) -> float | None:
     """The rate beyond the edge that the best one lies at, None if it lies inside."""
-    best = min(trials, key=lambda rate: rank_key(trials[rate]))
+    best = _best(trials)
     if best == max(trials):
         return 2 * best
     return best / 2 if best == min(trials) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.atomic_files import write_bytes_atomic
 from toy_modular.published import RUNS
+from toy_modular.stages import CORE
 
 COLUMNS = (
     *("stage", "batch", "seed", "lr", "reason", "steps", "tokens", "val_loss", "test_loss"),
@@ -29,8 +30,10 @@ def read_table(path: Path) -> list[dict]:
             row |= {f"published_{name}": getattr(known, name) for name in ("lr", "tokens")}
             row |= {"published_val_loss": known.val_loss, "published_reached": known.reached}
         rows.append(row)
-    order = {"baseline": 0, "rope": 1, "muon": 2, "untied": 3}
-    rows.sort(key=lambda r: (order.get(r["stage"], 9), r["stage"], r["batch"] or 0, r["seed"]))
+    order = {stage: place for place, stage in enumerate(CORE)}
+    rows.sort(
+        key=lambda r: (order.get(r["stage"], len(CORE)), r["stage"], r["batch"] or 0, r["seed"])
+    )
     return rows
 
 

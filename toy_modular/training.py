@@ -85,6 +85,8 @@ class _Runs:
         self.test = None
         if data[seeds[0]].test is not None:
             self.test = _stack_rows([data[seed].test for seed in seeds])
+        self.rates = np.array([config.lr for config in configs], np.float32)
+        self.seeds = np.array([config.seed for config in configs], np.int32)
         self.slots = np.array([seeds.index(config.seed) for config in configs], np.int32)
         self.folders = [MemberFolder(*pair) for pair in zip(folders, self.configs, strict=True)]
         self.instruments = [
@@ -116,10 +118,8 @@ class _Runs:
         )
         if not alive.any():
             return False
-        rates = np.array([config.lr for config in self.configs], np.float32)
-        seeds = np.array([config.seed for config in self.configs], np.int32)
         self.members, losses = self.program.advance(
-            self.members, rates, seeds, self.slots, alive, self.train
+            self.members, self.rates, self.seeds, self.slots, alive, self.train
         )
         scores = self.program.evaluate(self.members.params, self.slots, self.glance)
         losses, scores = jax.device_get((losses, scores))
@@ -146,19 +146,22 @@ class _Runs:
             rows.append({"kind": "train", **at, "loss": train_loss})
         earlier_losses = [row["loss"] for row in rows if row["kind"] == "val"]
         row = {"kind": "val", **at, **scores, "rows": _count(self.glance)}
-        deciding = scores
-        if _count(self.glance) < _count(self.val) and _is_near(config, scores):
-            deciding = self._scores(self.val, i)
-            row |= {f"full_{name}": value for name, value in deciding.items()}
+        full = scores if _count(self.glance) == _count(self.val) else None
+        if full is None and _is_near(config, scores):
+            full = self._scores(self.val, i)
+            row |= {f"full_{name}": value for name, value in full.items()}
         rows.append(row)
-        reason = _ending(config, step, deciding)
-        params = take(self.members.params, i)
-        self.instruments[i].look(params, at | {"val_loss": scores["loss"]}, earlier_losses, reason)
+        reason = _ending(config, step, full or scores)
+        member = take(self.members, i)
+        at_loss = at | {"val_loss": scores["loss"]}
+        self.instruments[i].look(member.params, at_loss, earlier_losses, reason)
         self.folders[i].write_rows(rows)
         if reason is not None:
-            splits = {"val": self.val} | ({} if self.test is None else {"test": self.test})
-            self._end(i, reason, at, {name: self._scores(of, i) for name, of in splits.items()})
-        self.folders[i].save(take(self.members, i))
+            ends = {"val": full or self._scores(self.val, i)}
+            if self.test is not None:
+                ends["test"] = self._scores(self.test, i)
+            self._end(i, reason, at, ends)
+        self.folders[i].save(member)
 
     def _end(self, i: int, reason: str, at: dict, scores: dict[str, dict]) -> None:
         """Writes how a member ended; scores by split, of all its rows."""
