@@ -10,12 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_study import CELLS, CORE, make_study, planted_mode, planted_strength
 
+from lens_jax.claims import Missing
 from lens_jax.correlations import spearman
 from lens_jax.fits import fit_power_law, jsd
 from models.command_line import UsageError
 from toy_modular import figures_factorial, figures_modes, figures_prediction, figures_spectra
 from toy_modular.alignment import at_progress, toy_window
-from toy_modular.claims import Missing
 from toy_modular.figures import FIGURES, FigureConfig, draw_figures, main, run_figures
 from toy_modular.mode_tables import (
     chance_peak,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tiny_models import quick_compiler, shake
 
+from lens_jax.claims import HELD, UNDECIDED
 from lens_jax.records import read_step, write_step
 from models.command_line import Layer, build
 from toy_modular import tasks
-from toy_modular.claims import HELD, UNDECIDED
 from toy_modular.config import GrokConfig
 from toy_modular.figure_grokking import draw, mode_plane
 from toy_modular.grok import all_pairs, make_splits

@@ -7,22 +7,19 @@ import numpy as np
 import pytest
 from synthetic_study import COST, STAGE_COST, make_study
 
+from lens_jax.alignment import at_loss, at_tokens, common_loss, equal_losses
+from lens_jax.claims import Claim, claims_csv, claims_json, sign_flip_test, verdict
 from lens_jax.fits import fit_power_law, rankme
 from lens_jax.jackknife import alpha_error
 from lens_jax.records import read_step
 from toy_modular.alignment import (
     alpha,
-    at_loss,
     at_progress,
-    at_tokens,
-    common_loss,
     effective_rank,
-    equal_losses,
     token_efficiency,
     tokens_to_target,
     toy_window,
 )
-from toy_modular.claims import Claim, claims_csv, claims_json, sign_flip_test, verdict
 from toy_modular.records import LAST, SPECTRUM, Row, band_numbers, read_study
 from toy_modular.sweeps import Missing, chosen_bands, is_prime, pairs, shared_batch, sweep
 
@@ -75,7 +72,7 @@ def test_rows_and_metrics_are_those_of_the_files(study):
         meta, arrays = read_step(files[-1])
         assert (rows[-1].step, rows[-1].tokens) == (meta["step"], meta["tokens"])
         assert rows[-1].val_loss == meta["val_loss"]
-        assert rows[-1].names == set(arrays) | {"meta"}
+        assert rows[-1].names == set(arrays)
     _, arrays = read_step(run.spectra[3].path)
     np.testing.assert_array_equal(
         run.spectra[3].array(SPECTRUM, LAST), arrays[f"{SPECTRUM}/{LAST}"]

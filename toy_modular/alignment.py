@@ -1,34 +1,21 @@
-"""Which measured steps of different runs are compared, and the numbers taken from them.
+"""Runs of the toy at the same share of their own length, and the numbers taken from a row.
 
-Runs are aligned at the same validation loss, at the same share of their own length, or at the same
-training tokens. The nearest measured row is taken and never interpolated, and none is taken that is
-off by more than a tolerance: a table that pairs trained with untrained states shows that and
-nothing else (toy spec 9.6). NumPy, float64.
+Equal loss and equal tokens are in `lens_jax.alignment`. NumPy, float64.
 """
 
-from collections.abc import Callable, Sequence
-from math import inf, log, nan
+from collections.abc import Sequence
+from math import inf, nan
 from typing import NamedTuple
 
 import numpy as np
 
+from lens_jax.alignment import RATIO_TOLERANCE, Match, at_tokens
 from lens_jax.fits import fit_power_law, rankme
 from lens_jax.jackknife import alpha_error
 from toy_modular.records import LAST, SPECTRUM, Row, Run
 
 REFERENCE_WIDTH = 128
 """Width of the published toy model, for which its rank windows are meant."""
-
-LOSS_TOLERANCE = 0.02
-RATIO_TOLERANCE = 0.18
-"""In ln(tokens): half the distance of rows of which two are measured while the tokens double."""
-
-
-class Match(NamedTuple):
-    """A measured row and by how much it is off what was asked for (row minus asked)."""
-
-    row: Row
-    off: float
 
 
 class Alpha(NamedTuple):
@@ -41,11 +28,6 @@ class Alpha(NamedTuple):
     last: int
 
 
-def at_loss(rows: Sequence[Row], loss: float, tolerance: float = LOSS_TOLERANCE) -> Match | None:
-    """Returns the row of nearest validation loss; None if it is off by more than `tolerance`."""
-    return _nearest(rows, lambda row: row.val_loss - loss, tolerance)
-
-
 def at_progress(
     run: Run, rows: Sequence[Row], progress: float, tolerance: float = RATIO_TOLERANCE
 ) -> Match | None:
@@ -56,61 +38,6 @@ def at_progress(
     """
     tokens = progress * run.result.get("tokens", 0)
     return at_tokens(rows, tokens, tolerance) if tokens > 0 else None
-
-
-def at_tokens(
-    rows: Sequence[Row], tokens: float, tolerance: float = RATIO_TOLERANCE
-) -> Match | None:
-    """Returns the row nearest in ln(tokens); None if it is off by more than `tolerance` there.
-
-    A run that had ended before has no such row, so its endpoint is never taken for an early value.
-    """
-    positive = [row for row in rows if row.tokens > 0]
-    return _nearest(positive, lambda row: log(row.tokens / tokens), tolerance)
-
-
-def _nearest(rows: Sequence[Row], off: Callable[[Row], float], tolerance: float) -> Match | None:
-    matches = [Match(row, off(row)) for row in rows]
-    matches = [match for match in matches if abs(match.off) <= tolerance + 1e-12]  # NaN fails too
-    return min(matches, key=lambda match: abs(match.off), default=None)
-
-
-def common_loss(
-    runs: Sequence[Sequence[Row]], tolerance: float = LOSS_TOLERANCE
-) -> tuple[float, int]:
-    """Returns the loss at which the most runs have a row within tolerance, and how many have.
-
-    Among equals the lowest, for which training has done most. Only losses decide, so the choice
-    knows nothing of the spectra. (NaN, 0) where nothing was measured.
-    """
-    losses = [
-        np.array([row.val_loss for row in rows if np.isfinite(row.val_loss)]) for rows in runs
-    ]
-    candidates = np.unique(np.concatenate([np.empty(0), *losses]))
-    best, most = nan, 0
-    for loss in candidates:
-        count = sum(bool(np.any(np.abs(own - loss) <= tolerance)) for own in losses)
-        if count > most:
-            best, most = float(loss), count
-    return best, most
-
-
-def equal_losses(
-    one: Sequence[Row], other: Sequence[Row], tolerance: float = LOSS_TOLERANCE
-) -> list[tuple[Row, Row]]:
-    """Returns the rows of two runs that are each other's nearest in loss, within the tolerance.
-
-    The published comparison takes five quantiles of the pooled losses and whatever row is nearest
-    (toy spec section 4 and 9.6); a quantile that neither run was measured at would lose matches
-    that exist, so here rows are matched to rows.
-    """
-    found = []
-    for row in one:
-        there = at_loss(other, row.val_loss, tolerance)
-        back = at_loss(one, there.row.val_loss, tolerance) if there else None
-        if back and back.row.step == row.step:
-            found.append((row, there.row))
-    return found
 
 
 def toy_window(first: int, last: int, width: int) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from typing import Literal
 
 import chz
 
+from lens_jax.alignment import RATIO_TOLERANCE
+from lens_jax.claims import Claim, Missing, claims_csv, claims_json
 from models.atomic_files import write_bytes_atomic
 from models.command_line import (
     Layer,
@@ -32,8 +34,6 @@ from models.command_line import (
     parse_words,
     run_command,
 )
-from toy_modular.alignment import RATIO_TOLERANCE
-from toy_modular.claims import Claim, Missing, claims_csv, claims_json
 from toy_modular.records import Study, read_study
 
 FIGURES = {

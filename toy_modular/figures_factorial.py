@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lens_jax.axis_style import INK, LINES
-from toy_modular.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
+from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
 from toy_modular.figures_page import sheet, words
 from toy_modular.mode_tables import TABLES, mean_excess
 from toy_modular.records import CURRENT, Run, Study

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from lens_jax.alignment import Match
 from lens_jax.axis_style import INK, LINES, token_axis
-from toy_modular.alignment import Match, at_progress
-from toy_modular.claims import (
+from lens_jax.claims import (
     FAILED,
     HELD,
     UNDECIDED,
@@ -20,6 +20,7 @@ from toy_modular.claims import (
     sign_flip_test,
     verdict,
 )
+from toy_modular.alignment import at_progress
 from toy_modular.figures_page import STAGE_LINES, null_line, sheet, words, zero_line
 from toy_modular.mode_tables import (
     TABLES,

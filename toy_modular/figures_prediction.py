@@ -12,26 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from lens_jax.alignment import Match, at_tokens
 from lens_jax.axis_style import BLUE, FAINT, LINES, VERMILLION, token_ticks
-from lens_jax.correlations import (
-    PermutationTest,
-    alike_permutation_p,
-    critical_rho,
-    joint_permutation_p,
-    max_over_looks_p,
-    partial_spearman,
-    spearman,
-)
-from lens_jax.fits import fit_power_law
-from toy_modular.alignment import (
-    REFERENCE_WIDTH,
-    Match,
-    at_progress,
-    at_tokens,
-    spectrum,
-    toy_window,
-)
-from toy_modular.claims import (
+from lens_jax.claims import (
     FAILED,
     HELD,
     LEVEL,
@@ -42,6 +25,17 @@ from toy_modular.claims import (
     p_text,
     verdict,
 )
+from lens_jax.correlations import (
+    PermutationTest,
+    alike_permutation_p,
+    critical_rho,
+    joint_permutation_p,
+    max_over_looks_p,
+    partial_spearman,
+    spearman,
+)
+from lens_jax.fits import fit_power_law
+from toy_modular.alignment import REFERENCE_WIDTH, at_progress, spectrum, toy_window
 from toy_modular.figures_page import SHADED, edge_note, sheet, words, zero_line
 from toy_modular.records import LAST, SPECTRUM, Row, Run, Study
 from toy_modular.sweeps import Sweep, sweep

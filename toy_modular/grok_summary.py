@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lens_jax.claims import FAILED, HELD, UNDECIDED
 from lens_jax.fits import fit_power_law, rankme
 from lens_jax.records import read_step
 from toy_modular.alignment import toy_window
-from toy_modular.claims import FAILED, HELD, UNDECIDED
 from toy_modular.config import GrokConfig
 from toy_modular.features import concentration, dominant_modes, mode_shares, pair_masses
 from toy_modular.grok import make_splits

@@ -13,15 +13,14 @@ for, and for an array when that array is, so a figure reads what it draws. Nothi
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from lens_jax.records import read_step
+from lens_jax.step_files import StepFile, list_steps
 
-_STEP_FILE = re.compile(r"step_\d{8,}\.npz")
 _BAND = re.compile(r"(\d+)_(\d+)")
 
 SPECTRUM = "act_cov_eigenvalues"
@@ -30,29 +29,12 @@ PROXY = "residual_proxy/last"
 CURRENT, NEXT, LAW = "current", "next", "law"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured step of a run; `array` reads from its file.
+Row = StepFile
+"""One measured step of a run.
 
-    val_loss: of the validation sequences that the run looks at every time; at its last step, where
-    it was decided that it is over, of all of them.
-    """
-
-    path: Path
-    step: int
-    tokens: int
-    val_loss: float
-    names: frozenset
-
-    def has(self, kind: str, site: str) -> bool:
-        """Tells whether an array was recorded."""
-        return f"{kind}/{site}" in self.names
-
-    def array(self, kind: str, site: str) -> np.ndarray:
-        """Reads one array; raises ValueError naming the file where it is absent or damaged."""
-        if not self.has(kind, site):
-            raise ValueError(f"{self.path}: no array {kind}/{site} in it; measure the run anew")
-        return _entries(self.path, f"{kind}/{site}")[1].astype(np.float64)
+Its val_loss is that of the validation sequences that the run looks at every time; at its last step,
+where it was decided that it is over, of all of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -218,30 +200,8 @@ def _metrics_rows(path: Path) -> list[dict]:
 
 
 def _rows(folder: Path, result: dict) -> list[Row]:
-    if not folder.is_dir():
-        return []
-    rows = []
-    for path in sorted(path for path in folder.iterdir() if _STEP_FILE.fullmatch(path.name)):
-        meta, _, names = _entries(path, None)
-        try:
-            ended = result.get("step") == meta["step"] and result.get("val_loss") is not None
-            loss = result["val_loss"] if ended else meta.get("val_loss")
-            loss = float("nan") if loss is None else float(loss)
-            rows.append(Row(path, int(meta["step"]), int(meta["tokens"]), loss, names))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: meta without step, tokens or val_loss") from error
-    return sorted(rows, key=lambda row: row.step)
-
-
-def _entries(path: Path, name: str | None) -> tuple[dict | None, np.ndarray | None, frozenset]:
-    """The meta of a step file, or one array of it, and the names in it; the rest stays unread."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = frozenset(archive.files)
-            if name is not None:
-                return None, archive[name], names
-            return json.loads(archive["meta"].tobytes().decode("utf-8")), None, names
-    # Whatever damage it is: reading the whole file says it in one line.
-    except Exception as error:
-        read_step(path)
-        raise ValueError(f"{path}: damaged ({error})") from error
+    ended, loss = result.get("step"), result.get("val_loss")
+    return [
+        replace(row, val_loss=float(loss)) if row.step == ended and loss is not None else row
+        for row in list_steps(folder)
+    ]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lens_jax.claims import Missing
 from toy_modular.alignment import token_efficiency
-from toy_modular.claims import Missing
 from toy_modular.records import Run, Study, band_numbers
 
 PAPER_BANDS = ("97_200", "179_50")
