@@ -157,6 +157,11 @@ class RunConfig:
     target_loss: float | Literal["published"] | None = chz.field(
         default="published", doc="stop at the first validation below it"
     )
+    pause_tokens: int | None = chz.field(
+        default=None,
+        doc="save and leave at the first validation with that many; the same command without it, "
+        "or with more, goes on",
+    )
     anneal: Literal["published", "budget"] = chz.field(
         default="published", doc="end of the learning-rate schedule: the rung's, or max_tokens"
     )
@@ -221,6 +226,8 @@ class RunConfig:
             )
         if self.max_tokens is not None and self.max_tokens > MOST_TOKENS:
             raise ValueError(f"max_tokens={self.max_tokens:.3g}: give at most {MOST_TOKENS:.0e}")
+        if self.pause_tokens is not None and self.pause_tokens < 1:
+            raise ValueError(f"pause_tokens={self.pause_tokens}: give at least 1, or none")
         if not 0 < self.published_target < float("inf"):
             raise ValueError(f"published_target={self.published_target}: give a positive loss")
         if self.anneal == "budget" and self.max_tokens is None:

@@ -171,6 +171,8 @@ class Loop:
                 if interrupt.received:
                     return self._leave(step, state, interrupt.received)
                 reason = self._look(step, state)
+                if not reason and self._is_pause(step):
+                    return self._pause(step, state)
                 if reason or step in self.schedule.checkpoint:
                     self._save(step, state)
                 measure = step in self.schedule.measure or bool(reason and config.probes.names)
@@ -195,6 +197,19 @@ class Loop:
         if target is not None and step > 0 and loss is not None and loss < target:
             return "target"
         return "budget" if step == self.schedule.num_steps else None
+
+    def _is_pause(self, step: int) -> bool:
+        pause = self.config.pause_tokens
+        due = pause is not None and step * self.config.tokens_per_step >= pause
+        return due and step in self.schedule.validate
+
+    def _pause(self, step: int, state: TrainState) -> int:
+        self._save(step, state)
+        self.checkpoints.wait()
+        self.display.note(
+            f"paused after step {step}, val loss {self.val_losses[step]:.4f}, checkpoint saved"
+        )
+        return 0
 
     def _validate(self, step: int, state: TrainState) -> None:
         self._fetch()

@@ -42,7 +42,7 @@ class MetricsFile:
         Raises UsageError when it cannot be written; the file then ends with the row before.
         Raises ValueError or TypeError for a row without kind and step, or a value of another type.
         """
-        line = _encode_row(row)
+        line = encode_row(row)
         written = 0
         try:
             while written < len(line):
@@ -61,7 +61,7 @@ class MetricsFile:
         """
         kept = [row for row in read_metrics(self.path) if _precedes(row, step)]
         self.close()
-        write_bytes_atomic(self.path, b"".join(_encode_row(row) for row in kept))
+        write_bytes_atomic(self.path, b"".join(encode_row(row) for row in kept))
         self._open()
         return kept
 
@@ -124,7 +124,8 @@ def _precedes(row: dict, step: int) -> bool:
     return row["step"] <= step if row["kind"] == "val" else row["step"] < step
 
 
-def _encode_row(row: dict) -> bytes:
+def encode_row(row: dict) -> bytes:
+    """One row as a line of the file; raises ValueError for a row without kind and step."""
     if not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
         raise ValueError(f"a metrics row needs a kind (text) and a step (integer): {row}")
     plain = {key: _encode(key, value) for key, value in row.items()}

@@ -189,6 +189,6 @@ def read_stored(folder: Path) -> RunConfig:
 
 def run_name(config: RunConfig) -> str:
     """A folder name that is the same for the same configuration and tells runs apart."""
-    flat = {k: v for k, v in flatten(config).items() if k not in ("out", "resume")}
+    flat = {k: v for k, v in flatten(config).items() if k not in ("out", "resume", "pause_tokens")}
     digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.rung}-{config.tier}-{config.profile}-b{config.batch}-s{config.seed}-{digest}"

@@ -211,7 +211,7 @@ def read_study(folder: str | Path) -> Study:
         if not (path / "config.json").is_file():
             unfinished.append(f"{path.name}: has no config.json yet")
             continue
-        runs.append(_read_run(path))
+        runs.append(read_run(path))
     if not runs:
         raise ValueError(f"study={folder}: no run in {folder / 'runs'} has begun")
     runs.sort(key=lambda run: (*_order(run.cell), run.seed, run.lr_scale))
@@ -227,7 +227,8 @@ def _order(cell: Cell) -> tuple:
     return ALL_RUNGS.index(cell.rung), cell.tier, cell.batch
 
 
-def _read_run(path: Path) -> Run:
+def read_run(path: Path) -> Run:
+    """Opens one run; raises ValueError naming the file that is missing or damaged."""
     config = _read_json(path / "config.json")
     needed = ("rung", "tier", "batch", "seed", "optim.lr_scale", "size.long_row", "size.n_embd")
     missing = [key for key in needed if key not in config]

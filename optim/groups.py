@@ -6,8 +6,10 @@ weights inside the blocks) and scalar (biases, lambdas, skip weights). Only matr
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optim.config import OptimConfig
@@ -66,6 +68,8 @@ def make_optimizer(
     unlike torch's it adds no 1e-6 to the norm. Raises ValueError for a parameter of no group.
     Source: ladder spec 5.1 to 5.3; AdamW is arXiv 1711.05101.
     """
+    # The factor comes last and lives in the state: it multiplies step and decay alike, as one on
+    # all rates would, and runs that differ in it alone share a compiled program.
     rules = {
         group: optax.chain(
             _direction(config, horizon, group, split),
@@ -73,10 +77,32 @@ def make_optimizer(
         )
         for group in GROUPS
     }
-    grouped = optax.partition(rules, group_labels(params))
+    grouped = optax.chain(
+        optax.partition(rules, group_labels(params)), scale_by_stored(config.lr_scale)
+    )
     if config.clip is None:
         return grouped
     return optax.chain(optax.clip_by_global_norm(config.clip), grouped)
+
+
+class StoredScale(NamedTuple):
+    """The state of `scale_by_stored`: a float32 scalar."""
+
+    lr_scale: jax.Array
+
+
+def scale_by_stored(factor: float) -> optax.GradientTransformation:
+    """Multiply updates by a factor that is kept in the optimizer's state."""
+
+    def init(params):
+        del params
+        return StoredScale(jnp.asarray(factor, jnp.float32))
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: u * state.lr_scale.astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def learning_rates(config: OptimConfig, horizon: Horizon, step) -> dict:
@@ -84,7 +110,9 @@ def learning_rates(config: OptimConfig, horizon: Horizon, step) -> dict:
 
     Keys lr_embed, lr_head, lr_matrix, lr_scalar, and momentum, which is None without Muon.
     """
-    rates = {f"lr_{group}": _rate(config, horizon, group)(step) for group in GROUPS}
+    rates = {
+        f"lr_{group}": _rate(config, horizon, group)(step) * config.lr_scale for group in GROUPS
+    }
     rates["momentum"] = None
     if config.matrices == "muon":
         rates["momentum"] = momentum(config, horizon.momentum_steps)(step)
@@ -92,7 +120,7 @@ def learning_rates(config: OptimConfig, horizon: Horizon, step) -> dict:
 
 
 def _rate(config: OptimConfig, horizon: Horizon, group: str) -> Callable:
-    peak = getattr(config, f"{group}_lr") * config.lr_scale
+    peak = getattr(config, f"{group}_lr")
     factor = learning_rate_factor(config, horizon.num_steps)
     return lambda step: peak * factor(step)
 

@@ -1,0 +1,96 @@
+"""Tokens to a loss, what they are worth in a family, and the states at which runs are compared.
+
+Everything is in training tokens: validation tokens are not counted. NumPy, float64.
+Source: protocol spec 1.10 and 1.12.
+"""
+
+from collections.abc import Sequence
+from math import exp, inf, log, nan
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.study_records import ACTIVATION, Run
+from lens_jax.alignment import at_loss, at_tokens
+from lens_jax.fits import REFERENCE_WIDTH, fit_power_law, scale_ranks
+from lens_jax.jackknife import alpha_error
+from lens_jax.step_files import StepFile
+
+
+class Alpha(NamedTuple):
+    """Exponent of a spectrum on ranks first..last; error by the jackknife, NaN if not recorded."""
+
+    value: float
+    r2: float
+    error: float
+    first: int
+    last: int
+
+
+def crossing_tokens(run: Run, target: float) -> float:
+    """Returns the tokens at which the validation loss first falls below a target.
+
+    Interpolated linearly in (ln tokens, loss) between the validation before and the first one
+    below. inf for a run that ended without one, or diverged; NaN for one that has not ended.
+    """
+    tokens, losses = run.val["tokens"], run.val["loss"]
+    below = np.flatnonzero(losses < target)
+    if not below.size:
+        return inf if run.finished else nan
+    k = int(below[0])
+    if k == 0 or tokens[k - 1] <= 0:
+        return float(tokens[k])
+    share = (losses[k - 1] - target) / (losses[k - 1] - losses[k])
+    return exp(log(tokens[k - 1]) + share * (log(tokens[k]) - log(tokens[k - 1])))
+
+
+def first_below_tokens(run: Run, target: float) -> float:
+    """Returns the tokens of the first validation below a target, the authors' count.
+
+    It is late by up to the tokens between validations. inf and NaN as in `crossing_tokens`.
+    """
+    below = np.flatnonzero(run.val["loss"] < target)
+    if below.size:
+        return float(run.val["tokens"][below[0]])
+    return inf if run.finished else nan
+
+
+def excess_tokens(runs: Sequence[Run], target: float) -> dict[str, float]:
+    """Returns {run name: T / min T - 1} within the runs given; inf for a censored run."""
+    found = {run.name: crossing_tokens(run, target) for run in runs}
+    best = min((tokens for tokens in found.values() if tokens < inf), default=nan)
+    return {name: tokens / best - 1 for name, tokens in found.items()}
+
+
+def efficiency(runs: Sequence[Run], target: float) -> dict[str, float]:
+    """Returns {run name: -ln(T / min T)} within the runs given: 0 at best, -inf for a censored."""
+    return {
+        name: -log(1 + excess) if excess < inf else (-inf if excess == inf else nan)
+        for name, excess in excess_tokens(runs, target).items()
+    }
+
+
+def ranks_of(run: Run, window: tuple[int, int]) -> tuple[int, int]:
+    """Returns the ranks of a published window, given at width 768, at the width of a run."""
+    return window if run.width >= REFERENCE_WIDTH else scale_ranks(*window, run.width)
+
+
+def alpha_at(row: StepFile, site: str, ranks: tuple[int, int], kind: str = ACTIVATION) -> Alpha:
+    """Returns the exponent of a recorded spectrum on ranks as they are."""
+    fit = fit_power_law(row.array(kind, site), *ranks)
+    error = nan
+    if row.has(f"{kind}_left_out", site):
+        error = alpha_error(row.array(f"{kind}_left_out", site), fit.first, fit.last)
+    return Alpha(fit.alpha, fit.r2, error, fit.first, fit.last)
+
+
+def early_row(run: Run, tokens: float) -> StepFile | None:
+    """Returns the measured step nearest a number of tokens, None if it is off by too much."""
+    match = at_tokens(run.steps, tokens)
+    return None if match is None else match.row
+
+
+def matched_row(run: Run, loss: float, tolerance: float) -> StepFile | None:
+    """Returns the measured step of nearest validation loss, None beyond the tolerance."""
+    match = at_loss(run.steps, loss, tolerance)
+    return None if match is None else match.row

@@ -1,0 +1,141 @@
+"""Learning-rate search by successive halving, where trials go on and do not begin again.
+
+The trials of a cell train to a rung of tokens; of n the best max(1, n // eta) go on, from where
+they stand. The last one standing is the cell's chosen run: it simply goes on to the target. What is
+not finite ranks last. A best rate at an end of its grid is tried against the next one beyond it.
+Source: ladder spec 8, of which the released code trains every rung from scratch.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.efficiency import crossing_tokens
+from experiments.study.grid import Study
+from experiments.study.outcome import Outcome
+from experiments.study.pool import Failed, Task
+from experiments.study_records import Cell, read_run
+from models.command_line import UsageError
+
+Train = Callable[[list[Task], str], Mapping[str, Outcome | Failed]]
+
+
+class Trial(NamedTuple):
+    """A rate and how far it came; crossing: tokens to the target, NaN where it is not reached."""
+
+    lr_scale: float
+    name: str
+    outcome: Outcome
+    crossing: float
+
+
+class Selection(NamedTuple):
+    """The multiplier chosen for a cell; edge: whether none beyond it was tried."""
+
+    lr_scale: float
+    edge: bool
+    trials: tuple[Trial, ...]
+
+    def to_json(self) -> dict:
+        return {
+            "lr_scale": self.lr_scale,
+            "edge": self.edge,
+            "trials": [
+                {
+                    "lr_scale": trial.lr_scale,
+                    "run": trial.name,
+                    **trial.outcome._asdict(),
+                    "val_loss": _finite(trial.outcome.val_loss),
+                    "crossing_tokens": _finite(trial.crossing),
+                }
+                for trial in sorted(self.trials)
+            ],
+        }
+
+
+def search(study: Study, cells: list[Cell], runs: Path, train: Train) -> dict[Cell, Selection]:
+    """Selections of all cells; raises UsageError where every trial of a cell broke off.
+
+    train(tasks, what) trains tasks and returns outcomes by folder name. runs: where folders lie.
+    """
+    trials: dict[Cell, dict[float, Trial]] = {cell: {} for cell in cells}
+    alive = {cell: study.candidates(cell) for cell in cells}
+    for number, tokens in enumerate(study.config.rung_tokens, start=1):
+        going = {cell: rates for cell, rates in alive.items() if len(rates) > 1 or number == 1}
+        _train(study, going, tokens, runs, train, trials, f"rung {number}")
+        for _ in range(study.config.beyond if number == 1 else 0):
+            outside = {cell: _outside(trials[cell]) for cell in going}
+            more = {cell: [rate] for cell, rate in outside.items() if rate is not None}
+            if not more:
+                break
+            _train(study, more, tokens, runs, train, trials, "beyond the grid")
+            for cell, rates in more.items():
+                alive[cell] = sorted({*alive[cell], *rates})
+        for cell in going:
+            alive[cell] = survivors([trials[cell][rate] for rate in alive[cell]], study.config.eta)
+    return {cell: _select(trials[cell]) for cell in cells}
+
+
+def rank_key(trial: Trial) -> tuple:
+    """Sorts trials, best first: tokens to the target, then the loss reached, then the diverged."""
+    if trial.outcome.reason == "target":
+        return 0, trial.crossing
+    if trial.outcome.reason == "diverged":
+        return 2, -trial.outcome.tokens
+    return 1, trial.outcome.val_loss
+
+
+def survivors(trials: list[Trial], eta: int) -> list[float]:
+    """Which rates of a rung go on, ascending: the best max(1, n // eta), n with the diverged."""
+    ranked = sorted(trials, key=rank_key)
+    return sorted(trial.lr_scale for trial in ranked[: max(1, len(trials) // eta)])
+
+
+def _select(trials: Mapping[float, Trial]) -> Selection:
+    # Only trials that came as far as any are compared: a loss after fewer tokens is no worse one.
+    farthest = max(_reach(trial) for trial in trials.values())
+    fair = [trial for trial in trials.values() if _reach(trial) >= farthest]
+    best = min(fair, key=rank_key).lr_scale
+    return Selection(best, best in (min(trials), max(trials)), tuple(trials.values()))
+
+
+def _reach(trial: Trial) -> float:
+    return float("inf") if trial.outcome.reason == "target" else trial.outcome.tokens
+
+
+def _outside(trials: Mapping[float, Trial]) -> float | None:
+    """The rate beyond the end that the best one lies at, None if it lies inside."""
+    best = min(trials.values(), key=rank_key).lr_scale
+    if best == max(trials):
+        return round(2 * best, 6)
+    return round(best / 2, 6) if best == min(trials) else None
+
+
+def _train(study: Study, going, tokens: int, runs: Path, train: Train, trials, what: str) -> None:
+    of_name, tasks = {}, []
+    for cell, rates in going.items():
+        for rate in rates:
+            task = make_task(study, cell, study.config.search_seed, rate, runs, tokens)
+            of_name[task.folder.name] = cell, rate
+            tasks.append(task)
+    for name, outcome in train(tasks, what).items():
+        cell, rate = of_name[name]
+        if isinstance(outcome, Failed):
+            raise UsageError(f"the search broke off at {runs / name}: {outcome.error}")
+        crossing = float("nan")
+        if outcome.reason == "target":
+            crossing = crossing_tokens(read_run(runs / name), study.target(cell))
+        trials[cell][rate] = Trial(rate, name, outcome, crossing)
+
+
+def make_task(
+    study: Study, cell: Cell, seed: int, lr_scale: float, runs: Path, until: int | None = None
+) -> Task:
+    """The task of a run; it pauses at the first validation with `until` tokens."""
+    name = study.run_name(cell, seed, lr_scale)
+    label = f"{cell.name}-s{seed} lr x{lr_scale:g}"
+    return Task(label, study.run_words(cell, seed, lr_scale), runs / name, until)
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None

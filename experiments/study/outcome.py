@@ -1,0 +1,78 @@
+"""Where a run of a study stands, as its folder tells. No jax."""
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.metrics import read_metrics
+from models.command_line import UsageError
+
+
+class Outcome(NamedTuple):
+    """reason: target, budget or diverged for a run that has ended, else paused, or new.
+
+    tokens: those of which everything is on disk. val_loss: of the last validation at or before
+    them, NaN without one; crossing: whether it lies below the target.
+    """
+
+    reason: str
+    tokens: int
+    val_loss: float
+
+    @property
+    def ended(self) -> bool:
+        return self.reason in ("target", "budget", "diverged")
+
+
+NEW = Outcome("new", 0, float("nan"))
+
+
+def outcome_of(folder: Path) -> Outcome:
+    """Reads where a run stands; raises UsageError naming a damaged file."""
+    if (folder / "result.json").exists():
+        result = _read(folder / "result.json")
+        return Outcome(result["reason"], result["tokens"], result["val_loss"])
+    if (folder / "nonfinite.json").exists():
+        return Outcome("diverged", _read(folder / "nonfinite.json")["tokens"], float("inf"))
+    saved = _saved_step(folder)
+    if not saved or not (folder / "metrics.jsonl").exists():
+        return NEW
+    rows = [
+        row
+        for row in read_metrics(folder / "metrics.jsonl")
+        if row["kind"] == "val" and row["step"] <= saved
+    ]
+    return Outcome("paused", rows[-1]["tokens"], rows[-1]["loss"]) if rows else NEW
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process is training in the folder now, one of an earlier study for instance."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _saved_step(folder: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(folder / "checkpoints")
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+    return 0
+
+
+def _read(path: Path) -> dict:
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+    raise UsageError(f"{path} is damaged; remove the run's folder")

@@ -1,0 +1,82 @@
+"""The table of a study: every chosen run a row, the best batch of each family marked."""
+
+import csv
+import io
+from pathlib import Path
+
+from experiments.efficiency import crossing_tokens, excess_tokens, first_below_tokens
+from experiments.study_records import Run, Study, read_study
+from lens_jax.saved_run import short_count
+from models.atomic_files import write_bytes_atomic
+
+COLUMNS = (
+    *("rung", "tier", "batch", "tokens_per_step", "seed", "lr_scale", "edge", "reason", "step"),
+    *("tokens", "val_loss", "crossing_tokens", "first_below_tokens", "excess", "tokens_per_s"),
+    "run",
+)
+
+
+def table_rows(study: Study) -> list[dict]:
+    """One row a chosen run, in the order of rungs, tiers, batches and seeds.
+
+    excess: tokens to the target against the least of its family and seed, minus 1. Empty where
+    there is no number: a run that has not ended, or has not reached the target.
+    """
+    excess = {}
+    for family in study.families:
+        for seed in sorted({run.seed for run in study.of(family)}):
+            excess |= excess_tokens(study.of(family, seed), study.target_loss)
+    return [_row(study, run, excess) for run in study.chosen]
+
+
+def _row(study: Study, run: Run, excess: dict[str, float]) -> dict:
+    val, result = run.val, run.result
+    row = dict(zip(("rung", "tier", "batch"), run.cell, strict=True))
+    row |= {"tokens_per_step": run.tokens_per_step, "seed": run.seed, "lr_scale": run.lr_scale}
+    row["edge"] = bool(study.selected.get(run.cell.name, {}).get("edge"))
+    row["reason"] = result.get("reason", "not ended")
+    last = {} if not len(val["step"]) else {key: val[key][-1] for key in ("step", "tokens")}
+    row["step"] = int(result.get("step", last.get("step", 0)))
+    row["tokens"] = int(result.get("tokens", last.get("tokens", 0)))
+    row["val_loss"] = val["loss"][-1] if len(val["loss"]) else None
+    if run.finished and study.target_loss is not None:
+        row["crossing_tokens"] = crossing_tokens(run, study.target_loss)
+        row["first_below_tokens"] = first_below_tokens(run, study.target_loss)
+        row["excess"] = excess.get(run.name)
+    row["tokens_per_s"] = result.get("tokens_per_s")
+    row["run"] = run.name
+    return {key: value for key, value in row.items() if not _missing(value)}
+
+
+def _missing(value) -> bool:
+    return value is None or (isinstance(value, float) and not abs(value) < float("inf"))
+
+
+def write_table(path: Path) -> Path:
+    """Writes table.csv of a study's folder and returns its path."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table_rows(read_study(path)))
+    write_bytes_atomic(path / "table.csv", text.getvalue().encode())
+    return path / "table.csv"
+
+
+def describe(path: Path) -> str:
+    """The table in words for a terminal."""
+    study = read_study(path)
+    lines = [
+        f"{'rung':<12}{'tier':<6}{'batch':>6}{'seed':>5}{'lr x':>8}{'val loss':>10}{'tokens':>9}"
+        f"{'to target':>11}{'excess':>8}  end"
+    ]
+    for row in table_rows(study):
+        crossing, excess = row.get("crossing_tokens"), row.get("excess")
+        edge = " (lr at its edge)" if row["edge"] else ""
+        lines.append(
+            f"{row['rung']:<12}{row['tier']:<6}{row['batch']:>6}{row['seed']:>5}"
+            f"{row['lr_scale']:>8.3g}{row.get('val_loss', float('nan')):>10.4f}"
+            f"{short_count(row['tokens']):>9}"
+            f"{'-' if crossing is None else short_count(crossing):>11}"
+            f"{'-' if excess is None else f'{excess:+.0%}':>8}  {row['reason']}{edge}"
+        )
+    return "\n".join(lines)
