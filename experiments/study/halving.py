@@ -7,6 +7,7 @@ Source: ladder spec 8, of which the released code trains every rung from scratch
 """
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,8 +114,10 @@ def _outside(trials: Mapping[float, Trial]) -> float | None:
 
 def _train(study: Study, going, tokens: int, runs: Path, train: Train, trials, what: str) -> None:
     of_name, tasks = {}, []
-    for cell, rates in going.items():
-        for rate in rates:
+    # One trial of every cell, then the next of every cell: side by side, two of a cell would
+    # compile the same program twice instead of one for the other.
+    for round_ in zip_longest(*([(cell, rate) for rate in going[cell]] for cell in going)):
+        for cell, rate in filter(None, round_):
             task = make_task(study, cell, study.config.search_seed, rate, runs, tokens)
             of_name[task.folder.name] = cell, rate
             tasks.append(task)
