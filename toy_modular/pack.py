@@ -1,0 +1,123 @@
+"""Keep the records of a toy study: what its figures read, small enough for a repository.
+
+    python -m toy_modular.pack study=runs/toy_laptop out=docs/laptop_study/toy
+
+Of every finished run: configuration, curve, result, the spectra of the last position with their
+error bars, and the tables of the bands that figures take, all in float32; of most runs the tables
+at a third, two thirds and the end, of those at the batch size of figure 4b all of them. What is
+there is replaced.
+"""
+
+import shutil
+from pathlib import Path
+
+import chz
+import numpy as np
+
+from lens_jax.records import write_step
+from models.atomic_files import write_bytes_atomic
+from models.command_line import (
+    Layer,
+    UsageError,
+    build,
+    cast_words,
+    check_path,
+    help_page,
+    parse_words,
+    run_command,
+)
+from toy_modular.alignment import at_progress
+from toy_modular.records import CURRENT, LAST, LAW, NEXT, SPECTRUM, Row, Run, Study, read_study
+from toy_modular.stages import CORE
+from toy_modular.sweeps import chosen_bands, shared_batch
+
+STUDY_FILES = ("config.json", "selected.json", "table.csv")
+RUN_FILES = ("config.json", "metrics.jsonl", "result.json")
+SPECTRA = ((SPECTRUM, LAST), (f"{SPECTRUM}_left_out", LAST))
+THIRDS = (1 / 3, 2 / 3, 1.0)
+
+
+@chz.chz
+class PackConfig:
+    """The keys of the command."""
+
+    study: str | None = chz.field(default=None, doc="folder of the study")
+    out: str | None = chz.field(default=None, doc="folder for its records")
+    bands: tuple[str, ...] = chz.field(
+        default=(), doc="bands that are kept, as 97:200; none: those that figures take"
+    )
+
+    @chz.validate
+    def _ranges(self):
+        for key in ("study", "out"):
+            if getattr(self, key) is not None:
+                check_path(key, getattr(self, key))
+
+
+def pack(study: Study, out: Path, bands: tuple[str, ...] = ()) -> int:
+    """Writes the records of a study and returns their bytes; raises Missing for unknown bands."""
+    runs = [run for run in study.runs if run.finished]
+    sites = chosen_bands(runs, bands)
+    tables = [(kind, site) for site in sites for kind in (CURRENT, NEXT, LAW)]
+    ends = [*tables, *(("covariance", site) for site in sites)]
+    curves = shared_batch(study, CORE)
+    _copy(study.path, STUDY_FILES, out)
+    for run in runs:
+        place = out / "runs" / run.name
+        if place.exists():
+            shutil.rmtree(place)
+        _copy(run.path, RUN_FILES, place)
+        _keep(run.spectra, SPECTRA, place / "spectra")
+        rows = run.features if run.batch == curves else _thirds(run)
+        _keep(rows[:-1], tables, place / "features")
+        _keep(rows[-1:], ends, place / "features")
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _thirds(run: Run) -> list[Row]:
+    """The rows that 11b compares, ascending."""
+    found = [at_progress(run, run.features, place) for place in THIRDS]
+    rows = {match.row.step: match.row for match in found if match is not None}
+    return [rows[step] for step in sorted(rows)]
+
+
+def _keep(rows: list[Row], names, folder: Path) -> None:
+    for row in rows:
+        arrays = {
+            f"{kind}/{site}": row.array(kind, site).astype(np.float32)
+            for kind, site in names
+            if row.has(kind, site)
+        }
+        write_step(folder, row.step, arrays, row.meta)
+
+
+def _copy(source: Path, names, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            write_bytes_atomic(target / name, (source / name).read_bytes())
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit code. Raises UsageError on bad words or a damaged study."""
+    if {"-h", "--help"} & set(argv):
+        print(help_page(__doc__, PackConfig, {}, {}))
+        return 0
+    config, _ = build(PackConfig, [Layer("typed", cast_words(PackConfig, parse_words(argv)))])
+    for key in ("study", "out"):
+        if getattr(config, key) is None:
+            raise UsageError(f"{key}= is missing; give study=FOLDER out=FOLDER")
+    out = Path(config.out)
+    try:
+        study = read_study(config.study)
+        if out.resolve() == study.path.resolve():
+            raise ValueError(f"out={out} is the study itself; give another folder")
+        size = pack(study, out, config.bands)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    print(f"{out}: {len(study.runs)} runs, {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
