@@ -1,0 +1,152 @@
+"""Giving up members of a family early: by which rule, what it saves, and what it costs. NumPy.
+
+At a fixed token budget a rule scores the members of every family, and all but the best few stop.
+On a finished grid the price is known: `retrospective` says which tokens would have been saved and
+how much worse the best member left is than the true best. Source: protocol spec 1.11 and 1.12.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import comb, inf, isfinite, log, nan
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from experiments.efficiency import alpha_at, crossing_tokens, early_row, ranks_of
+from experiments.study_records import ACTIVATION, Family, Run, Study
+
+Rule = Literal["alpha", "loss", "batch"]
+RULES: tuple[Rule, ...] = ("alpha", "loss", "batch")
+
+
+def early_scores(
+    runs: Sequence[Run], rule: Rule, tokens: float, window: tuple[int, int]
+) -> dict[str, float]:
+    """Returns {run name: score}, larger is more promising, from what is known at a token budget.
+
+    alpha: the exponent of the last layer's spectrum on the window; loss: minus the validation loss
+    there; batch: -ln B, for which no run is needed. NaN where a run has no state near the budget.
+    """
+    return {run.name: _score(run, rule, tokens, window) for run in runs}
+
+
+def _score(run: Run, rule: Rule, tokens: float, window: tuple[int, int]) -> float:
+    if rule == "batch":
+        return -log(run.tokens_per_step)
+    if rule == "loss":
+        seen = np.flatnonzero((run.val["tokens"] > 0) & (run.val["tokens"] <= tokens))
+        loss = run.val["loss"][seen[-1]] if seen.size else nan
+        return -float(loss) if isfinite(loss) else nan
+    row = early_row(run, tokens)
+    if row is None or not run.sites(ACTIVATION):
+        return nan
+    return alpha_at(row, run.final_site(), ranks_of(run, window)).value
+
+
+def select_survivors(scores: Mapping[str, float], keep: int) -> set[str]:
+    """Returns the names of the best `keep`, at least one; equal ones by name, NaN last."""
+    if keep < 1:
+        raise ValueError(f"keep={keep}: give at least 1")
+
+    def place(name: str) -> tuple:
+        score = scores[name]
+        return (-score if isfinite(score) else inf, name)
+
+    return set(sorted(scores, key=place)[:keep])
+
+
+class Pruned(NamedTuple):
+    """What a rule would have done. saved: share of the tokens of all members to their targets.
+
+    regret: mean over families of T(best kept) / T(true best) - 1; kept_best: share of families
+    whose true best was kept. families: how many were judged; keep: members left in each.
+    """
+
+    rule: str
+    keep: int
+    saved: float
+    regret: float
+    kept_best: float
+    families: int
+
+
+def retrospective(
+    study: Study, keep: int, *, tokens: float | None = None, window: tuple[int, int] | None = None
+) -> list[Pruned]:
+    """Returns what every rule, and chance, would have saved and cost on the finished members.
+
+    A family counts with its members of the least seed that have ended, if there are more than
+    `keep` and one reached the target. A member that did not costs all the tokens it trained, and as
+    the best kept one has the regret of those tokens, a lower bound. chance keeps members at random:
+    exact expectations. Raises ValueError for a study without a target or early tokens.
+    """
+    tokens = study.config.get("early_tokens") if tokens is None else tokens
+    window = tuple(study.config.get("window", (90, 200))) if window is None else window
+    if tokens is None or study.target_loss is None:
+        raise ValueError(f"study={study.path}: it names no early_tokens, or no target loss")
+    costs = {family: _costs(study, family) for family in study.families}
+    judged = {
+        family: own
+        for family, own in costs.items()
+        if len(own) > keep and any(isfinite(crossed) for crossed, _ in own.values())
+    }
+    found = []
+    for rule in RULES:
+        chosen = {}
+        for family, own in judged.items():
+            runs = [run for run in study.of(family) if run.name in own]
+            chosen[family] = select_survivors(early_scores(runs, rule, tokens, window), keep)
+        found.append(_judge(rule, keep, judged, chosen, tokens))
+    return [*found, _chance(keep, judged, tokens)] if judged else []
+
+
+def _costs(study: Study, family: Family) -> dict[str, tuple[float, float]]:
+    """Of every ended member of the least seed its tokens to the target (inf), and those trained."""
+    seeds = [run.seed for run in study.of(family)]
+    runs = [run for run in study.of(family, min(seeds)) if run.finished] if seeds else []
+    return {
+        run.name: (crossing_tokens(run, study.target_loss), float(run.result["tokens"]))
+        for run in runs
+    }
+
+
+def _spent(cost: tuple[float, float]) -> float:
+    crossed, trained = cost
+    return crossed if isfinite(crossed) else trained
+
+
+def _judge(rule: str, keep: int, judged, chosen, tokens: float) -> Pruned:
+    total = saved = 0.0
+    regrets, hits = [], []
+    for family, own in judged.items():
+        spent = {name: _spent(cost) for name, cost in own.items()}
+        gone = spent.keys() - chosen[family]
+        total += sum(spent.values())
+        saved += sum(max(spent[name] - tokens, 0.0) for name in gone)
+        best = min((name for name in own if isfinite(own[name][0])), key=spent.get)
+        kept = min(spent[name] for name in chosen[family])
+        regrets.append(max(kept / spent[best] - 1, 0.0))
+        hits.append(best in chosen[family])
+    if not judged:
+        return Pruned(rule, keep, nan, nan, nan, 0)
+    return Pruned(
+        rule, keep, saved / total, float(np.mean(regrets)), float(np.mean(hits)), len(judged)
+    )
+
+
+def _chance(keep: int, judged, tokens: float) -> Pruned:
+    """Expectations of keeping `keep` of n at random: the best kept one is the r-th best with
+    chance C(n - r, keep - 1) / C(n, keep)."""
+    total = saved = 0.0
+    regrets, hits = [], []
+    for own in judged.values():
+        spent = np.sort([_spent(cost) for cost in own.values()])
+        best = min(_spent(cost) for cost in own.values() if isfinite(cost[0]))
+        n = spent.size
+        total += float(spent.sum())
+        saved += float(np.maximum(spent - tokens, 0.0).sum()) * (n - keep) / n
+        chances = np.array([comb(n - r, keep - 1) for r in range(1, n + 1)]) / comb(n, keep)
+        regrets.append(float(chances @ np.maximum(spent / best - 1, 0.0)))
+        hits.append(keep / n)
+    return Pruned(
+        "chance", keep, saved / total, float(np.mean(regrets)), float(np.mean(hits)), len(judged)
+    )

@@ -1,0 +1,336 @@
+"""Do early spectra predict which batch needs the fewest tokens? The tests of the study.
+
+Of a family (a rung at a tier) the members are its batches. Three predictors are held against the
+token efficiency E = -ln(T / min T): the exponent alpha of an early spectrum, -ln B, and the early
+validation loss. Tests permute members within families, so that no family's level matters.
+Source: protocol spec 1.10 to 1.12. NumPy, float64.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import isfinite, log, nan
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.efficiency import (
+    Alpha,
+    alpha_at,
+    crossing_tokens,
+    early_row,
+    matched_row,
+    ranks_of,
+)
+from experiments.study_records import ACTIVATION, Family, Run, Study
+from lens_jax.correlations import (
+    UNDEFINED,
+    PermutationTest,
+    joint_permutation_p,
+    partial_spearman_p,
+    spearman_exact_p,
+)
+from lens_jax.fits import jsd
+from lens_jax.jackknife import expected_jsd
+from lens_jax.step_files import StepFile
+
+LEAST_FOR_PARTIAL = 6
+"""Members below which a partial correlation given ln B says nothing (protocol spec 1.12)."""
+
+
+class FamilyPrediction(NamedTuple):
+    """Predictors and outcome over the n batches of a family, ascending; means over seeds.
+
+    What tokens to the target are is the mean of their logarithm; a batch of which one seed never
+    reached it counts as never.
+
+    tokens: those of the states that alpha was taken from. efficiency: -inf for a batch that never
+    reached the target. early_loss: validation loss at those states. rho_loss is of minus the loss,
+    so that a good predictor of any kind has rho = 1. partial: of alpha given ln B, UNDEFINED for
+    fewer than six members.
+    """
+
+    family: Family
+    batches: np.ndarray
+    alpha: np.ndarray
+    alpha_error: np.ndarray
+    r2: np.ndarray
+    tokens: np.ndarray
+    efficiency: np.ndarray
+    excess: np.ndarray
+    early_loss: np.ndarray
+    minus_log_batch: np.ndarray
+    rho_alpha: PermutationTest
+    rho_batch: PermutationTest
+    rho_loss: PermutationTest
+    partial: PermutationTest
+
+
+class Prediction(NamedTuple):
+    """All families, and the joint tests, signed: alpha, batch, loss.
+
+    window: as given, at width 768; ranks: at the width of the first run.
+    """
+
+    families: tuple[FamilyPrediction, ...]
+    alpha: PermutationTest
+    batch: PermutationTest
+    loss: PermutationTest
+    window: tuple[int, int]
+    ranks: tuple[int, int]
+    tokens: float | None
+    progress: float | None
+
+
+def finite_ranks(values) -> np.ndarray:
+    """Efficiencies with a finite last place instead of -inf, so that censored members rank last."""
+    values = np.array(values, np.float64)
+    finite = values[np.isfinite(values)]
+    values[np.isneginf(values)] = finite.min(initial=0.0) - 1.0
+    return values
+
+
+def family_prediction(
+    family: Family,
+    batches: Sequence[float],
+    alpha: Sequence[float],
+    efficiency: Sequence[float],
+    early_loss: Sequence[float],
+    *,
+    alpha_error: Sequence[float] | None = None,
+    r2: Sequence[float] | None = None,
+    tokens: Sequence[float] | None = None,
+    excess: Sequence[float] | None = None,
+) -> FamilyPrediction:
+    """Returns the tests of one family from arrays over its n batches; what is not given is NaN.
+
+    Only members that have both an alpha and an outcome take part, in all three correlations.
+    """
+    batches, alpha, early_loss = (np.asarray(v, np.float64) for v in (batches, alpha, early_loss))
+    outcome = finite_ranks(efficiency)
+    minus_log_batch = -np.log(batches)
+    present = np.isfinite(alpha) & np.isfinite(outcome)
+    judged = np.where(present, outcome, nan)
+    partial = UNDEFINED
+    if np.count_nonzero(present) >= LEAST_FOR_PARTIAL:
+        partial = partial_spearman_p(alpha, judged, minus_log_batch)
+
+    def column(values):
+        return np.full(batches.shape, nan) if values is None else np.asarray(values, np.float64)
+
+    return FamilyPrediction(
+        family=family,
+        batches=batches,
+        alpha=alpha,
+        alpha_error=column(alpha_error),
+        r2=column(r2),
+        tokens=column(tokens),
+        efficiency=np.asarray(efficiency, np.float64),
+        excess=column(excess),
+        early_loss=early_loss,
+        minus_log_batch=minus_log_batch,
+        rho_alpha=spearman_exact_p(alpha, judged),
+        rho_batch=spearman_exact_p(minus_log_batch, judged),
+        rho_loss=spearman_exact_p(-early_loss, judged),
+        partial=partial,
+    )
+
+
+def joint_tests(
+    families: Sequence[FamilyPrediction],
+) -> tuple[PermutationTest, PermutationTest, PermutationTest]:
+    """Returns the joint tests of alpha, -ln B and -loss: mean rho, permuted within each family."""
+
+    def joint(predictor: Callable[[FamilyPrediction], np.ndarray]) -> PermutationTest:
+        pairs = []
+        for own in families:
+            outcome = np.where(np.isfinite(own.alpha), finite_ranks(own.efficiency), nan)
+            pairs.append((predictor(own), outcome))
+        return joint_permutation_p(pairs, "signed")
+
+    return (
+        joint(lambda own: own.alpha),
+        joint(lambda own: own.minus_log_batch),
+        joint(lambda own: -own.early_loss),
+    )
+
+
+def predict(
+    study: Study,
+    *,
+    tokens: float | None = None,
+    progress: float | None = None,
+    window: tuple[int, int] = (90, 200),
+    layer: int | None = None,
+    kind: str = ACTIVATION,
+    matrix: str | None = None,
+    seed: int | None = None,
+) -> Prediction:
+    """Returns how early spectra order the batches of every family, with all tests.
+
+    tokens: the same training tokens in all runs, the study's early_tokens where neither is given.
+    progress: instead a share 0..1 of each run's own tokens to the target, which uses the answer
+    (protocol spec 1.11 T2). layer: an index into `run.layers()`, None the last. seed: None takes
+    means over the seeds of a cell. A family without a finished member is left out. Raises
+    ValueError where the study names neither a target nor early tokens.
+    """
+    if study.target_loss is None:
+        raise ValueError(f"study={study.path}: it has no target loss to predict tokens to")
+    if tokens is None and progress is None:
+        tokens = study.config.get("early_tokens")
+        if tokens is None:
+            raise ValueError(f"study={study.path}: it has no early_tokens; give tokens=")
+
+    def state(run: Run) -> tuple[StepFile, Alpha] | None:
+        row = _row(run, study.target_loss, tokens, progress)
+        return None if row is None else _exponent(run, row, window, layer, kind, matrix)
+
+    families = []
+    for family in study.families:
+        runs = study.of(family, seed)
+        if any(isfinite(crossing_tokens(run, study.target_loss)) for run in runs):
+            families.append(_of_family(study, family, runs, state))
+    first = next(iter(study.runs))
+    return Prediction(
+        tuple(families), *joint_tests(families), window, ranks_of(first, window), tokens, progress
+    )
+
+
+def _row(run: Run, target: float, tokens: float | None, progress: float | None):
+    if progress is None:
+        return early_row(run, tokens)
+    own = progress * crossing_tokens(run, target)
+    return early_row(run, own) if isfinite(own) and own > 0 else None
+
+
+def _exponent(run: Run, row: StepFile, window, layer, kind, matrix):
+    sites = run.layers(kind, matrix)
+    place = len(sites) - 1 if layer is None else layer
+    if not 0 <= place < len(sites) or not row.has(kind, sites[place]):
+        return None
+    return row, alpha_at(row, sites[place], ranks_of(run, window), kind)
+
+
+def _of_family(study: Study, family: Family, runs: list[Run], state) -> FamilyPrediction:
+    """Means over the seeds of each batch: of ln T, of alpha and of the early loss."""
+    batches = sorted({run.batch for run in runs})
+    rows = [_of_cell(study, [run for run in runs if run.batch == b], state) for b in batches]
+    columns = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+    log_tokens = columns.pop("log_tokens")
+    behind = log_tokens - np.min(log_tokens[np.isfinite(log_tokens)])
+    return family_prediction(
+        family, batches, efficiency=-behind, excess=np.expm1(behind), **columns
+    )
+
+
+def _of_cell(study: Study, runs: list[Run], state) -> dict[str, float]:
+    found = [own for own in map(state, runs) if own is not None]
+    crossings = [crossing_tokens(run, study.target_loss) for run in runs]
+    errors = np.array([alpha.error for _, alpha in found])
+    return {
+        "log_tokens": _mean([log(own) for own in crossings]),
+        "alpha": _mean([alpha.value for _, alpha in found]),
+        "alpha_error": float(np.sum(errors**2) ** 0.5 / errors.size) if errors.size else nan,
+        "r2": _mean([alpha.r2 for _, alpha in found]),
+        "tokens": _mean([float(row.tokens) for row, _ in found]),
+        "early_loss": _mean([row.val_loss for row, _ in found]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else nan
+
+
+# What seeds alone change
+
+
+class Floor(NamedTuple):
+    """Median JSD of pairs of one configuration's seeds, and how many; NaN without a pair.
+
+    sampling: what the error of measurement alone would give, the median over runs of
+    `jackknife.expected_jsd`.
+    """
+
+    equal_tokens: float
+    equal_loss: float
+    pairs: int
+    sampling: float
+
+
+def seed_floor(study: Study, kind: str = ACTIVATION, matrix: str | None = None) -> Floor:
+    """Returns the JSD floor of the last layer's spectra: what another seed changes.
+
+    At equal tokens all states that two seeds share count, after step 0; at equal loss the states
+    matched to the target. Source: protocol spec 1.11 T5 and 1.12, noise(config).
+    """
+    tolerance = study.config.get("match_tolerance", 0.005)
+    at_tokens, at_target, pairs, sampling = [], [], 0, []
+    for one, other in seed_pairs(study):
+        site = one.final_site(kind, matrix)
+        pairs += 1
+        theirs = {row.tokens: row for row in other.steps if row.tokens}
+        for row in one.steps:
+            there = theirs.get(row.tokens)
+            if there is not None:
+                at_tokens.append(jsd(row.array(kind, site), there.array(kind, site)))
+        if study.target_loss is not None:
+            rows = [matched_row(run, study.target_loss, tolerance) for run in (one, other)]
+            if None not in rows:
+                at_target.append(jsd(*(row.array(kind, site) for row in rows)))
+    for run in study.chosen:
+        site = run.final_site(kind, matrix) if run.sites(kind) else None
+        if site and run.steps[-1].has(f"{kind}_left_out", site):
+            sampling.append(expected_jsd(run.steps[-1].array(f"{kind}_left_out", site)))
+    return Floor(_median(at_tokens), _median(at_target), pairs, _median(sampling))
+
+
+def seed_pairs(study: Study) -> list[tuple[Run, Run]]:
+    """All pairs of measured chosen runs that differ in their seed alone."""
+    found = []
+    for one, other in combinations(study.chosen, 2):
+        same = one.cell == other.cell and one.lr_scale == other.lr_scale
+        if same and one.seed != other.seed and one.steps and other.steps:
+            found.append((one, other))
+    return found
+
+
+class Spread(NamedTuple):
+    """Standard deviation of a number over seeds (pooled over cells) and over a family's batches."""
+
+    seeds: float
+    batches: float
+    cells: int
+
+    @property
+    def ratio(self) -> float:
+        """Batches over seeds: how far the effect stands above the noise."""
+        return self.batches / self.seeds if self.seeds > 0 else nan
+
+
+def seed_spread(study: Study, statistic: Callable[[Run], float]) -> Spread:
+    """Returns how a number of a run varies over seeds, and over batches in the same families.
+
+    Only families with a cell of two seeds or more count, for which the pooled standard deviation
+    over seeds has sum (n - 1) degrees of freedom. A number that is not finite is left out.
+    """
+    values: dict = {}
+    for run in study.chosen:
+        number = statistic(run)
+        if isfinite(number):
+            values.setdefault(run.cell, []).append(number)
+    repeated = {cell: np.array(own) for cell, own in values.items() if len(own) > 1}
+    families = {cell.family for cell in repeated}
+    squares = sum(float(np.sum((own - own.mean()) ** 2)) for own in repeated.values())
+    freedom = sum(own.size - 1 for own in repeated.values())
+    over_batches = []
+    for family in families:
+        means = [float(np.mean(own)) for cell, own in values.items() if cell.family == family]
+        if len(means) > 1:
+            over_batches.append(np.std(means, ddof=1))
+    seeds = (squares / freedom) ** 0.5 if freedom else nan
+    batches = float(np.mean(over_batches)) if over_batches else nan
+    return Spread(seeds, batches, len(repeated))
+
+
+def _median(values: Sequence[float]) -> float:
+    found = [value for value in values if isfinite(value)]
+    return float(np.median(found)) if found else nan
