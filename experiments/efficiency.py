@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.study_records import ACTIVATION, Run
-from lens_jax.alignment import at_loss, at_tokens
+from lens_jax.alignment import RATIO_TOLERANCE, at_loss, at_tokens
 from lens_jax.fits import REFERENCE_WIDTH, fit_power_law, scale_ranks
 from lens_jax.jackknife import alpha_error
 from lens_jax.step_files import StepFile
@@ -84,9 +84,9 @@ def alpha_at(row: StepFile, site: str, ranks: tuple[int, int], kind: str = ACTIV
     return Alpha(fit.alpha, fit.r2, error, fit.first, fit.last)
 
 
-def early_row(run: Run, tokens: float) -> StepFile | None:
-    """Returns the measured step nearest a number of tokens, None if it is off by too much."""
-    match = at_tokens(run.steps, tokens)
+def early_row(run: Run, tokens: float, tolerance: float = RATIO_TOLERANCE) -> StepFile | None:
+    """Returns the measured step nearest in ln(tokens), None if it is off by more there."""
+    match = at_tokens(run.steps, tokens, tolerance)
     return None if match is None else match.row
 
 

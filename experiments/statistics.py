@@ -33,6 +33,10 @@ from lens_jax.fits import jsd
 from lens_jax.jackknife import expected_jsd
 from lens_jax.step_files import StepFile
 
+DOUBLING = 0.35
+"""In ln(tokens): half a doubling, the farthest that a share of a run can lie from a row of a grid
+that doubles. A token budget is itself on the grid, so it is held to less."""
+
 LEAST_FOR_PARTIAL = 6
 """Members below which a partial correlation given ln B says nothing (protocol spec 1.12)."""
 
@@ -199,7 +203,7 @@ def _row(run: Run, target: float, tokens: float | None, progress: float | None):
     if progress is None:
         return early_row(run, tokens)
     own = progress * crossing_tokens(run, target)
-    return early_row(run, own) if isfinite(own) and own > 0 else None
+    return early_row(run, own, DOUBLING) if isfinite(own) and own > 0 else None
 
 
 def _exponent(run: Run, row: StepFile, window, layer, kind, matrix):

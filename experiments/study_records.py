@@ -163,14 +163,17 @@ class Study:
     def chosen(self) -> list[Run]:
         """The runs at the rate chosen for their cell, all seeds, by rung, tier, batch and seed.
 
-        Where a cell had no search, all its runs.
+        Of a cell for which none was chosen all runs, if they have one rate in common; else it is
+        still being searched for.
         """
-        kept = []
+        rates = {cell: own["lr_scale"] for cell, own in self.selected.items()}
+        tried: dict[str, set[float]] = {}
         for run in self.runs:
-            selection = self.selected.get(run.cell.name)
-            if selection is None or selection["lr_scale"] == run.lr_scale:
-                kept.append(run)
-        return kept
+            tried.setdefault(run.cell.name, set()).add(run.lr_scale)
+        for cell, own in tried.items():
+            if cell not in rates and len(own) == 1:
+                rates[cell] = next(iter(own))
+        return [run for run in self.runs if rates.get(run.cell.name) == run.lr_scale]
 
     @property
     def families(self) -> list[Family]:

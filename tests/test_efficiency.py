@@ -1,0 +1,133 @@
+"""Tokens to a loss, excess within a family, and the states at which runs are compared."""
+
+from math import exp, inf, isnan, log
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_language_study import TARGET, WIDTH, make_study, name
+
+from experiments.efficiency import (
+    alpha_at,
+    crossing_tokens,
+    early_row,
+    efficiency,
+    excess_tokens,
+    first_below_tokens,
+    matched_row,
+    ranks_of,
+)
+from experiments.study_records import ACTIVATION, Run, read_study
+from lens_jax.fits import fit_power_law
+
+
+class Curve(Run):
+    """A run that is nothing but a validation curve."""
+
+    def __init__(self, tokens, losses, reason="target", label="run"):
+        result = {"reason": reason} if reason else {}
+        super().__init__(Path(label), {}, result)
+        columns = {"tokens": np.array(tokens, float), "loss": np.array(losses, float)}
+        object.__setattr__(self, "_columns", columns)
+
+    @property
+    def val(self):
+        return self._columns
+
+
+def test_the_crossing_is_interpolated_in_the_logarithm_of_tokens():
+    run = Curve([0, 100, 400], [7.0, 5.0, 3.0])
+    assert crossing_tokens(run, 4.0) == pytest.approx(200.0)
+    assert crossing_tokens(run, 3.5) == pytest.approx(exp(log(100) + 0.75 * log(4)))
+    assert first_below_tokens(run, 4.0) == 400
+
+
+def test_the_first_fall_counts_also_where_the_loss_rises_again():
+    run = Curve([100, 200, 400, 800], [5.0, 3.9, 4.2, 3.0])
+    assert crossing_tokens(run, 4.0) < 200
+    assert first_below_tokens(run, 4.0) == 200
+
+
+def test_a_loss_equal_to_the_target_is_not_below_it():
+    assert first_below_tokens(Curve([100, 200], [5.0, 4.0]), 4.0) == inf
+
+
+def test_who_never_gets_there_is_censored_and_who_still_trains_is_unknown():
+    losses = [7.0, 5.0]
+    assert crossing_tokens(Curve([0, 100], losses, "budget"), 4.0) == inf
+    assert crossing_tokens(Curve([0, 100], losses, "diverged"), 4.0) == inf
+    assert isnan(crossing_tokens(Curve([0, 100], losses, ""), 4.0))
+    assert isnan(first_below_tokens(Curve([0, 100], losses, ""), 4.0))
+
+
+def test_a_first_look_below_the_target_is_taken_as_it_is():
+    assert crossing_tokens(Curve([0, 100], [7.0, 3.0]), 4.0) == 100  # from 0 tokens no logarithm
+
+
+@given(st.lists(st.floats(1.0, 8.0), min_size=2, max_size=12), st.floats(1.5, 7.5))
+def test_a_crossing_lies_between_the_looks_around_it(losses, target):
+    tokens = [100 * 2**i for i in range(len(losses))]
+    run = Curve(tokens, losses)
+    crossed = crossing_tokens(run, target)
+    below = next((k for k, loss in enumerate(losses) if loss < target), None)
+    if below is None:
+        assert crossed == inf
+    elif below == 0:
+        assert crossed == tokens[0]
+    else:
+        # the logarithm rounds
+        assert tokens[below - 1] * (1 - 1e-9) <= crossed <= tokens[below] * (1 + 1e-9)
+
+
+def test_excess_and_efficiency_are_within_the_runs_given():
+    runs = [
+        Curve([100, 200], [5.0, 3.0], label="a"),
+        Curve([100, 800], [5.0, 3.0], label="b"),
+        Curve([100, 800], [5.0, 4.5], "budget", label="c"),
+        Curve([100], [5.0], "", label="d"),
+    ]
+    excess, worth = excess_tokens(runs, 4.0), efficiency(runs, 4.0)
+    assert excess["a"] == 0
+    assert excess["b"] == pytest.approx(crossing_tokens(runs[1], 4.0) / 141.42 - 1, rel=1e-4)
+    assert worth["b"] == pytest.approx(-log(1 + excess["b"]))
+    assert (excess["c"], worth["c"]) == (inf, -inf)
+    assert isnan(excess["d"])
+    assert isnan(worth["d"])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "one"
+    censored = (name("untied", batch=8),)
+    return read_study(
+        make_study(folder, rungs=("untied",), seed_cells=(), trials=(), censored=censored)
+    )
+
+
+def test_planted_costs_come_back(study):
+    by_batch = {run.batch: crossing_tokens(run, TARGET) for run in study.chosen}
+    assert by_batch[8] == inf
+    assert by_batch[4] == pytest.approx(2e5 * 2.2 * 1.15, rel=0.08)
+    assert by_batch[32] > by_batch[16] > by_batch[4]
+
+
+def test_an_exponent_is_that_of_its_ranks_with_a_jackknife_error(study):
+    run = study.chosen[0]
+    row = early_row(run, 2**16)
+    assert row.tokens == 2**16
+    found = alpha_at(row, run.final_site(), ranks_of(run, (90, 200)))
+    assert (found.first, found.last) == (round(90 * WIDTH / 768), round(200 * WIDTH / 768))
+    values = row.array(ACTIVATION, run.final_site())
+    assert found.value == fit_power_law(values, found.first, found.last).alpha
+    assert 0 < found.error < 0.1
+
+
+def test_no_state_is_taken_from_afar(study):
+    run = study.chosen[0]
+    assert early_row(run, 2**30) is None
+    assert early_row(run, 1.4 * 2**16) is None
+    assert early_row(run, 1.4 * 2**16, 0.35).tokens == 2**16
+    assert matched_row(run, TARGET, 0.05) is run.steps[-1]
+    assert matched_row(run, TARGET - 1, 0.05) is None
