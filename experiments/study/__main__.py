@@ -64,10 +64,14 @@ class Runner:
         job = submit(
             [task.command() for task in tasks], self._folder.path, self._study.config.slurm
         )
-        raise UsageError(
-            f"{what}: {len(tasks)} runs submitted as Slurm job {job}; the same command goes on "
-            f"when they have ended"
+        raise Submitted(
+            f"{what}: {len(tasks)} runs submitted as Slurm job {job}; the same command goes on when "
+            f"they have ended"
         )
+
+
+class Submitted(Exception):
+    """Runs are Slurm's now; the study goes on when it is begun again."""
 
 
 def _words(outcome: Outcome | Failed) -> str:
@@ -159,6 +163,9 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     try:
         path = run_study(resolve_study(argv), lambda text: print(text, flush=True))
+    except Submitted as submitted:
+        print(submitted)
+        return 0
     except Stopped as stop:
         print(f"{stop}; every run has saved, the same command goes on")
         return 128 + stop.number

@@ -16,6 +16,7 @@ from experiments.config import RunConfig
 from experiments.resolve import own_words, resolve_here, run_name
 from experiments.study.presets import PRESETS
 from experiments.study.rates import transferred
+from experiments.study.slurm import SlurmConfig
 from experiments.study_records import Cell
 from models.command_line import Layer, UsageError, build, check_path
 from models.config import TIERS
@@ -83,6 +84,7 @@ class StudyConfig:
     )
     figures: bool = chz.field(default=True, doc="draw figures and report at the end")
     out: str = chz.field(default="auto", doc="folder of the study; auto: runs/study_<preset>")
+    slurm: SlurmConfig = chz.field(default_factory=SlurmConfig)
 
     @chz.validate
     def _ranges(self):
