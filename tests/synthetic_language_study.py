@@ -106,7 +106,7 @@ class _Planted:
             "batch": sorted(batches, reverse=True),
             "nothing": None,
         }[planted]
-        place = 0.5 if ordered is None else ordered.index(batch) / (len(batches) - 1)
+        place = 0.5 if ordered is None else ordered.index(batch) / max(1, len(batches) - 1)
         self.alpha = 1.2 + strength * (place - 0.5) + noise * rng.normal()
 
     def shape(self, kinds, sites, kernels, groups):

@@ -65,8 +65,8 @@ class Runner:
             [task.command() for task in tasks], self._folder.path, self._study.config.slurm
         )
         raise Submitted(
-            f"{what}: {len(tasks)} runs submitted as Slurm job {job}; the same command goes on when "
-            f"they have ended"
+            f"{what}: {len(tasks)} runs submitted as Slurm job {job}; the same command goes on "
+            f"when they have ended"
         )
 
 

@@ -1,0 +1,75 @@
+"""Figure 5: whether two samples of text have one spectrum of token counts; no model in it.
+
+Reads the record of `python -m experiments.window_counts` in STUDY/window_counts. Source: protocol
+spec, figure 5.
+"""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.figures.options import Options
+from experiments.figures.page import caption, title
+from experiments.study_records import Study
+from experiments.window_counts import DIVERGENCE, KIND, NULL
+from lens_jax.axis_style import BLUE, FAINT, VERMILLION, rank_axes, visible
+from lens_jax.claims import FAILED, HELD, LEVEL, Claim, Missing, number
+from lens_jax.step_files import StepFile, list_steps
+
+INCHES = {5: (7.2, 3.4)}
+COMMAND = "python -m experiments.window_counts a=SHARDS b=SHARDS out=STUDY/window_counts"
+
+
+def draw_5(figure: Figure, study: Study, options: Options) -> list[Claim]:
+    """Draws both spectra and the null; raises Missing where they were not counted."""
+    del options
+    rows = list_steps(study.path / "window_counts")
+    if not rows or not rows[0].has(KIND, "a"):
+        raise Missing(f"token counts of two samples: {COMMAND}")
+    row = rows[0]
+    title(figure, 5, "Spectra of token counts of two samples of text")
+    spectra, null = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    for key, colour, style in (("a", BLUE, "-"), ("b", VERMILLION, "--")):
+        values = row.array(KIND, key)
+        x, y = visible(values, values.sum())
+        spectra.plot(x, y, style, color=colour, label=row.meta[key])
+    rank_axes(spectra, r"$\lambda / \Sigma\lambda$")
+    spectra.set_title("(a) covariance of count vectors")
+    spectra.legend(loc="lower left")
+    _draw_null(null, row)
+    claim = _claim(row)
+    caption(figure, _caption_text(row) + "\n" + claim.sentence)
+    return [claim]
+
+
+def _draw_null(ax, row: StepFile) -> None:
+    halves, observed = row.array(*NULL.split("/")), float(row.array(*DIVERGENCE.split("/")))
+    ax.hist(halves, bins=min(20, halves.size), color=FAINT, label="random halves of the first")
+    ax.axvline(observed, color=VERMILLION, label="first against second")
+    ax.set(xlabel="JSD of spectra (nats)", ylabel="count", xlim=(0, None))
+    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
+    ax.set_title("(b) against chance")
+    ax.legend(loc="upper right")
+
+
+def _claim(row: StepFile) -> Claim:
+    """Held where the samples differ no more than halves of one do; that is no proof of equality."""
+    halves, observed = row.array(*NULL.split("/")), float(row.array(*DIVERGENCE.split("/")))
+    p = float((1 + np.sum(halves >= observed)) / (1 + halves.size))
+    outcome = FAILED if p <= LEVEL else HELD
+    return Claim(
+        "5", "two samples of text have one spectrum of token counts", row.meta["windows"], 1,
+        "all ranks", observed, p, f"median of random halves {number(np.median(halves), '.2g')}",
+        outcome,
+        f"{outcome.capitalize()}: JSD {number(observed, '.2g')} between {row.meta['a']} and "
+        f"{row.meta['b']}, {number(np.median(halves), '.2g')} (at most "
+        f"{number(halves.max(), '.2g')}) between random halves of the first, p = {p:.2g} over "
+        f"{halves.size} halves.",
+    )  # fmt: skip
+
+
+def _caption_text(row: StepFile) -> str:
+    meta = row.meta
+    return (
+        f"N = {meta['windows']} windows of {meta['window']} tokens of each sample, no overlap; "
+        f"vocabulary {meta['vocab_size']:,}; centred counts, by their Gram matrix in float64."
+    )

@@ -1,0 +1,91 @@
+"""What a reader may choose about the figures; every default is declared before the runs are made.
+
+Figures take what they need and leave the rest, so that a key means the same in all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import chz
+
+from experiments.study_records import Run, Study
+from lens_jax.claims import Missing
+
+Window = tuple[int, int]
+
+
+@chz.chz
+class Options:
+    """The keys that figures read."""
+
+    target: float | None = chz.field(
+        default=None, doc="validation loss to compare at; none: the study's"
+    )
+    window: Window = chz.field(default=(90, 200), doc="main rank window, at width 768")
+    tokens: int | None = chz.field(
+        default=None, doc="token budget of an early exponent; none: the study's"
+    )
+    progress: float = chz.field(
+        default=0.2, doc="share of a run, for the published alignment that knows its length"
+    )
+    rung: str | None = chz.field(default=None, doc="rung of figures of one rung; none: theirs")
+    batch: int | None = chz.field(default=None, doc="batch of figures of one batch; none: theirs")
+    tolerance: float | None = chz.field(
+        default=None, doc="greatest distance of a row from a matched loss; none: the study's"
+    )
+
+    @chz.validate
+    def _ranges(self):
+        first, last = self.window
+        if not 1 <= first <= last - 2:
+            raise ValueError(f"window={first},{last}: give FIRST,LAST, 3 ranks or more")
+        if not 0 < self.progress <= 1:
+            raise ValueError(f"progress={self.progress}: give a share above 0 and up to 1")
+        for key in ("target", "tokens", "batch", "tolerance"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{key}={value}: give a positive number")
+
+
+PUBLISHED_TOLERANCE = 0.005
+"""Of a matched loss, where the study names none (protocol spec 1.12)."""
+
+
+def target_of(study: Study, options: Options) -> float:
+    """The loss at which runs are compared; raises Missing where neither names one."""
+    target = options.target or study.target_loss
+    if target is None:
+        raise Missing("a target loss: the study has none, so give target=")
+    return target
+
+
+def narrowed(study: Study, options: Options, keep: Callable[[Run], bool]) -> Study:
+    """The study with the runs that `keep` accepts, its target and tolerance those asked for.
+
+    What tests a whole study takes them from its config. Raises Missing without a target.
+    """
+    asked = {
+        "target_loss": target_of(study, options),
+        "match_tolerance": tolerance_of(study, options),
+    }
+    runs = tuple(run for run in study.runs if keep(run))
+    return replace(study, runs=runs, config={**study.config, **asked})
+
+
+def of_tiers(study: Study, options: Options, tiers: Sequence[str]) -> Study:
+    """The study with the runs of some tiers, as `narrowed`."""
+    return narrowed(study, options, lambda run: run.cell.tier in tiers)
+
+
+def tokens_of(study: Study, options: Options) -> int:
+    """The token budget of an early exponent; raises Missing where neither names one."""
+    tokens = options.tokens or study.config.get("early_tokens")
+    if tokens is None:
+        raise Missing("a token budget: the study has no early_tokens, so give tokens=")
+    return int(tokens)
+
+
+def tolerance_of(study: Study, options: Options) -> float:
+    """How far a row may be off a matched loss."""
+    own = options.tolerance or study.config.get("match_tolerance")
+    return PUBLISHED_TOLERANCE if own is None else float(own)

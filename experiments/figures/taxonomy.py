@@ -1,0 +1,314 @@
+"""What each step of the ladder gains, in tokens or in throughput, and where its spectra changed.
+
+A transition leads from a rung to the next one that the study has, each at its token-best batch and
+at the rate chosen for it. Its kind follows from the two gains, and whether learning was led by
+activations or by gradients from how far both spectra moved at equal loss, in units of what another
+seed moves them by. The published rule takes z-scores over the transitions themselves, so that a
+label depends on which others there are; this one does not. Source: protocol spec 1.10. No
+matplotlib.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise, product
+from math import comb, isfinite, log
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.efficiency import crossing_tokens, matched_row
+from experiments.figures.options import Options, of_tiers, target_of, tolerance_of
+from experiments.figures.trajectories import Member, token_best
+from experiments.statistics import seed_floor, seed_pairs, seed_spread
+from experiments.study_records import ACTIVATION, GRADIENT, Run, Study
+from lens_jax.correlations import PermutationTest
+from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
+from lens_jax.step_files import StepFile
+from models.ladder import LADDERS
+
+DELTA = 0.02
+"""Gain from which on it counts, unless twice its seed error is more."""
+
+LED, ALIKE = 3.0, 1.2
+"""Shifts in seed floors from which a spectrum has moved, and within which two moved alike."""
+
+HEAD, TOP = (1, 10), 10
+ATTENTION, MLP = "attn/c_proj", "mlp/c_proj"
+PREFIX = ("baseline", "rope", "muon", "untied")
+SKIPPED_STEPS = 10  # the first ones compile
+
+
+# Gains
+
+
+def steady_throughput(run: Run) -> float:
+    """Returns tokens a second by the median step at the widest window, NaN where none was timed.
+
+    The first steps, which compile, are left out as long as there are others.
+    """
+    times = run.train.get("step_time_s", np.empty(0))
+    blocks = run.train.get("window_blocks", np.full(times.shape, np.nan))
+    kept = np.isfinite(times) & (times > 0)
+    if np.any(np.isfinite(blocks)):
+        kept &= blocks == np.nanmax(blocks)
+    late = kept & (run.train["step"] >= SKIPPED_STEPS) if times.size else kept
+    kept = late if np.any(late) else kept
+    return run.tokens_per_step / float(np.median(times[kept])) if np.any(kept) else float("nan")
+
+
+def log_gain(before: Sequence[float], after: Sequence[float]) -> float:
+    """Returns the mean ln of `after` less that of `before`; NaN if a value is not finite."""
+    with np.errstate(divide="ignore"):
+        gain = float(np.mean(np.log(after)) - np.mean(np.log(before)))
+    return gain if isfinite(gain) else float("nan")
+
+
+def kind_of(tokens: float, throughput: float, least: tuple[float, float]) -> str:
+    """Returns the kind of a transition from its token and throughput gains and their thresholds."""
+    if not (isfinite(tokens) and isfinite(throughput)):
+        return "not measured"
+    more = tokens > least[0], throughput > least[1]
+    less = tokens < -least[0], throughput < -least[1]
+    if all(more):
+        return "joint"
+    if (more[0] and less[1]) or (more[1] and less[0]):
+        return "tradeoff"
+    if more[0]:
+        return "learning-side"
+    return "throughput-side" if more[1] else "null"
+
+
+def led_by(activation: float, gradient: float) -> str:
+    """Returns what led a gain in learning, from the two shifts in units of their seed floors."""
+    if not (isfinite(activation) and isfinite(gradient)):
+        return "unresolved"
+    if max(activation, gradient) < LED:
+        return "unresolved"
+    if max(activation, gradient) <= ALIKE * min(activation, gradient):
+        return "mixed"
+    return "activation-led" if activation > gradient else "gradient-led"
+
+
+# Spectra at equal loss
+
+
+class Shape(NamedTuple):
+    """A statistic of the last layer's spectrum of a kind, of a matrix where it is a gradient's."""
+
+    kind: str
+    matrix: str | None
+    of: Callable[[np.ndarray], float]
+
+
+def head_alpha(values: np.ndarray) -> float:
+    """The exponent on ranks 1-10, whatever the width."""
+    return fit_power_law(values, *HEAD).alpha
+
+
+SHAPES = {
+    "activation head": Shape(ACTIVATION, None, head_alpha),
+    "activation top 10": Shape(ACTIVATION, None, lambda values: topk_share(values, TOP)),
+    "gradient head": Shape(GRADIENT, ATTENTION, head_alpha),
+    "gradient top 10": Shape(GRADIENT, ATTENTION, lambda values: topk_share(values, TOP)),
+    "gradient ln RankMe": Shape(
+        GRADIENT, ATTENTION, lambda values: float(np.log(rankme(values, GRAM_FLOOR)))
+    ),
+}
+SPECTRA = ((ACTIVATION, None), (GRADIENT, ATTENTION), (GRADIENT, MLP))
+"""Those whose divergence at equal loss is taken; the first two decide what led."""
+
+
+def spectrum(run: Run, row: StepFile | None, kind: str, matrix: str | None) -> np.ndarray | None:
+    """Returns the last layer's spectrum of a row, None where it was not measured or is all zeros.
+
+    All zeros are the gradients below a head that starts at zero.
+    """
+    if row is None or not any(matrix is None or f"/{matrix}/" in s for s in run.sites(kind)):
+        return None
+    site = run.final_site(kind, matrix)
+    values = row.array(kind, site) if row.has(kind, site) else np.zeros(1)
+    return values if np.any(values) else None
+
+
+class Matched:
+    """Spectra of runs at the target loss, each read once."""
+
+    def __init__(self, study: Study, options: Options):
+        self._loss, self._tolerance = target_of(study, options), tolerance_of(study, options)
+        self._known: dict = {}
+
+    def spectrum(self, run: Run, kind: str, matrix: str | None) -> np.ndarray | None:
+        """Returns a spectrum of the last layer, None where there is none at that loss."""
+        key = run.name, kind, matrix
+        if key not in self._known:
+            row = matched_row(run, self._loss, self._tolerance)
+            self._known[key] = spectrum(run, row, kind, matrix)
+        return self._known[key]
+
+    def value(self, shape: Shape, run: Run) -> float:
+        """Returns a statistic of a run, NaN where it has no spectrum there."""
+        values = self.spectrum(run, shape.kind, shape.matrix)
+        return float("nan") if values is None else shape.of(values)
+
+    def divergence(self, pairs, kind: str, matrix: str | None) -> list[float]:
+        """Returns the JSD of every pair of runs of which both have their spectrum."""
+        both = [[self.spectrum(run, kind, matrix) for run in pair] for pair in pairs]
+        return [jsd(*pair) for pair in both if pair[0] is not None and pair[1] is not None]
+
+
+# Noise
+
+
+class Noise(NamedTuple):
+    """What another seed changes, pooled over the cells that have several.
+
+    tokens, throughput: sd of their ln; shapes: sd of each statistic; floors: median JSD of seed
+    pairs at equal loss; runs: how many there are in those cells. NaN without any.
+    """
+
+    tokens: float
+    throughput: float
+    shapes: dict[str, float]
+    floors: dict[tuple[str, str | None], float]
+    runs: int
+
+
+def seed_noise(study: Study, options: Options, tier: str, matched: Matched) -> Noise:
+    """Returns what seeds change at a tier."""
+    part = of_tiers(study, options, (tier,))
+    repeated = {run.name for pair in seed_pairs(part) for run in pair}
+
+    def sd(statistic: Callable[[Run], float]) -> float:
+        return seed_spread(part, statistic).seeds
+
+    return Noise(
+        sd(lambda run: log(crossing_tokens(run, part.target_loss))),
+        sd(lambda run: log(steady_throughput(run))),
+        {name: sd(partial(matched.value, shape)) for name, shape in SHAPES.items()},
+        {key: _floor(part, *key) for key in SPECTRA},
+        len(repeated),
+    )
+
+
+def _floor(part: Study, kind: str, matrix: str | None) -> float:
+    """The seed floor at the target loss; NaN without two seeds that have the spectrum."""
+    part = replace(part, runs=tuple(run for run in part.runs if run.layers(kind, matrix)))
+    return seed_floor(part, kind, matrix).equal_loss
+
+
+# Transitions
+
+
+class Transition(NamedTuple):
+    """From one rung to the next that the study has.
+
+    tokens, throughput, time: gains, the ratio less 1; equal_batch: the token gain at the batch of
+    `before` where `after` has it; least: thresholds of the first two; errors: one seed sd of the
+    first two, NaN without seeds; shifts: JSD at equal loss in seed floors; changes: of SHAPES.
+    """
+
+    before: Member
+    after: Member
+    tokens: float
+    throughput: float
+    time: float
+    equal_batch: float
+    least: tuple[float, float]
+    errors: tuple[float, float]
+    divergences: dict[tuple[str, str | None], float]
+    shifts: dict[tuple[str, str | None], float]
+    changes: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.before.family.rung} \u2192 {self.after.family.rung}"
+
+    @property
+    def kind(self) -> str:
+        """learning-side, throughput-side, joint, tradeoff, null, or not measured."""
+        return kind_of(self.tokens, self.throughput, self.least)
+
+    @property
+    def led(self) -> str:
+        """activation-led, gradient-led, mixed or unresolved."""
+        return led_by(*(self.shifts[key] for key in SPECTRA[:2]))
+
+    @property
+    def gains_learning(self) -> bool:
+        return self.kind in ("learning-side", "joint")
+
+
+def ladder_of(study: Study, tier: str) -> tuple[str, ...]:
+    """Returns the rungs of a tier in the order of their ladder, those beside it left out."""
+    here = [run for run in study.chosen if run.cell.tier == tier]
+    ladders = {run.config.get("ladder", "published") for run in here}
+    rungs = {run.cell.rung for run in here}
+    order = LADDERS["clean" if ladders == {"clean"} else "published"]
+    return tuple(rung.name for rung in order if rung.over is None and rung.name in rungs)
+
+
+def transitions(
+    study: Study, options: Options, tier: str = "d12"
+) -> tuple[list[Transition], Noise, list[str]]:
+    """Returns the transitions of a tier, the noise they are judged by, and rungs left out.
+
+    A rung without a run that reached the target is left out, so that the ladder goes on over it.
+    """
+    target, matched = target_of(study, options), Matched(study, options)
+    noise = seed_noise(study, options, tier, matched)
+    rungs = ladder_of(study, tier)
+    families = {f.rung: f for f in study.families if f.tier == tier}
+    found = {rung: token_best(study, families[rung], options) for rung in rungs}
+    kept = [m for m in found.values() if m is not None and isfinite(m.tokens)]
+    left_out = [rung for rung in rungs if rung not in {m.family.rung for m in kept}]
+    made = [_transition(study, *pair, noise, matched, target) for pair in pairwise(kept)]
+    return made, noise, left_out
+
+
+def _transition(study, before: Member, after: Member, noise, matched, target) -> Transition:
+    tokens = -log_gain(*([crossing_tokens(r, target) for r in m.runs] for m in (before, after)))
+    speed = log_gain(*([steady_throughput(r) for r in m.runs] for m in (before, after)))
+    spread = (1 / len(before.runs) + 1 / len(after.runs)) ** 0.5
+    errors = (noise.tokens * spread, noise.throughput * spread)
+    pairs = list(product(before.runs, after.runs))
+    moved = {key: matched.divergence(pairs, *key) for key in SPECTRA}
+    moved = {key: float(np.mean(own)) if own else float("nan") for key, own in moved.items()}
+    changes = {}
+    for name, shape in SHAPES.items():
+        ends = [[matched.value(shape, run) for run in m.runs] for m in (before, after)]
+        changes[name] = float(np.mean(ends[1]) - np.mean(ends[0]))
+    return Transition(
+        before, after, np.expm1(tokens), np.expm1(speed), np.expm1(tokens + speed),
+        _equal_batch(study, before, after, target),
+        tuple(max(DELTA, 2 * error) if isfinite(error) else DELTA for error in errors), errors,
+        moved, {key: own / noise.floors[key] for key, own in moved.items()}, changes,
+    )  # fmt: skip
+
+
+def _equal_batch(study: Study, before: Member, after: Member, target: float) -> float:
+    """The token gain at the tokens a step of `before`, NaN where `after` has no such runs."""
+    size = before.first.tokens_per_step
+    there = [run for run in study.of(after.family) if run.tokens_per_step == size]
+    if not there:
+        return float("nan")
+    ends = [[crossing_tokens(run, target) for run in runs] for runs in (before.runs, there)]
+    return float(np.expm1(-log_gain(*ends)))
+
+
+def prefix_test(made: Sequence[Transition]) -> tuple[PermutationTest, float]:
+    """Tests that activation-led transitions lie in the prefix; and the least p that could be.
+
+    Statistic: their share in the prefix (baseline to untied) less that beyond. Null: which
+    transitions are activation-led has nothing to do with where they lie; one-sided, hypergeometric.
+    """
+    inside = [t.after.family.rung in PREFIX for t in made]
+    led = [t.gains_learning and t.led == "activation-led" for t in made]
+    count, early, n = sum(led), sum(inside), len(made)
+    if not (0 < early < n and count > 0):
+        return PermutationTest(float("nan"), float("nan"), 0, True), 1.0
+    hits = sum(a and b for a, b in zip(inside, led, strict=True))
+    ways = [comb(early, k) * comb(n - early, count - k) for k in range(min(early, count) + 1)]
+    p, least = sum(ways[hits:]) / comb(n, count), ways[-1] / comb(n, count)
+    share = hits / early - (count - hits) / (n - early)
+    return PermutationTest(share, p, comb(n, count), True), least

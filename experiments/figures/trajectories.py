@@ -1,0 +1,139 @@
+"""Statistics of spectra followed along training, and the runs that stand for a family.
+
+What the atlases (figures 13 to 16) and the weight figure (17) draw; no matplotlib. Alphas of
+gradients are twice those of their singular values, so that they compare with eigenvalues'.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.efficiency import crossing_tokens, early_row, ranks_of
+from experiments.figures.options import Options
+from experiments.study_records import ACTIVATION, GRADIENT, Family, Run, Study
+from lens_jax.alignment import at_tokens
+from lens_jax.correlations import spearman
+from lens_jax.fits import GRAM_FLOOR, fit_power_law, rankme
+from lens_jax.saved_run import gradient_window
+from lens_jax.step_files import StepFile
+
+DEEP_WINDOW = (200, 400)
+OUTPUT = "attn/c_proj"
+
+
+class Member(NamedTuple):
+    """The runs that stand for a family: the seeds of one cell, and its mean tokens to target."""
+
+    family: Family
+    runs: tuple[Run, ...]
+    tokens: float
+
+    @property
+    def first(self) -> Run:
+        """The run of the lowest seed."""
+        return self.runs[0]
+
+
+def token_best(study: Study, family: Family, options: Options) -> Member | None:
+    """Returns the cell of a family that needed the fewest tokens to the target, or None.
+
+    Measured runs only, the mean over seeds; a cell with a run that missed the target comes after
+    those without, one that has not ended last, and among equals the lower last loss is first.
+    `options.batch` names the cell instead.
+    """
+    target = options.target or study.target_loss
+    cells: dict[int, list[Run]] = {}
+    for run in study.of(family):
+        if run.steps and options.batch in (None, run.batch):
+            cells.setdefault(run.batch, []).append(run)
+    found = []
+    for batch, runs in cells.items():
+        reached = [crossing_tokens(run, target) if target else np.nan for run in runs]
+        tokens = float(np.mean(reached))
+        loss = np.mean([run.val["loss"][-1] if run.val["loss"].size else np.inf for run in runs])
+        order = (np.isnan(tokens), np.nan_to_num(tokens), loss, batch)
+        found.append((order, Member(family, tuple(runs), tokens)))
+    return min(found, key=lambda cell: cell[0])[1] if found else None
+
+
+# Statistics along training
+
+
+class Statistic(NamedTuple):
+    """A number of a spectrum, followed over training; of(run, row, window) returns it."""
+
+    name: str
+    kind: str
+    matrix: str | None
+    of: Callable[[Run, StepFile, tuple[int, int]], float]
+
+
+def _activation_alpha(run: Run, row: StepFile, window: tuple[int, int]) -> float:
+    values = row.array(ACTIVATION, run.final_site(ACTIVATION))
+    return fit_power_law(values, *ranks_of(run, window)).alpha
+
+
+def _activation_rankme(run: Run, row: StepFile, window: tuple[int, int]) -> float:
+    return rankme(row.array(ACTIVATION, run.final_site(ACTIVATION)))
+
+
+def _gradient_alpha(run: Run, row: StepFile, window: tuple[int, int]) -> float:
+    values = row.array(GRADIENT, run.final_site(GRADIENT, OUTPUT))
+    return 2 * fit_power_law(values, *gradient_window(values.size)).alpha
+
+
+def _gradient_rankme(run: Run, row: StepFile, window: tuple[int, int]) -> float:
+    return rankme(row.array(GRADIENT, run.final_site(GRADIENT, OUTPUT)), GRAM_FLOOR)
+
+
+RANKMES = (
+    Statistic("activation RankMe", ACTIVATION, None, _activation_rankme),
+    Statistic("gradient RankMe", GRADIENT, OUTPUT, _gradient_rankme),
+)
+ALPHAS = (
+    Statistic("activation alpha", ACTIVATION, None, _activation_alpha),
+    Statistic("gradient alpha", GRADIENT, OUTPUT, _gradient_alpha),
+)
+
+
+def measured(run: Run, kind: str, matrix: str | None = None) -> list[StepFile]:
+    """Returns the rows of a run that hold a kind at its last layer."""
+    if not any(matrix is None or f"/{matrix}/" in f"{site}/" for site in run.sites(kind)):
+        return []
+    site = run.final_site(kind, matrix)
+    return [row for row in run.steps if row.has(kind, site)]
+
+
+def follow(run: Run, statistic: Statistic, window) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and values of a statistic along a run, (n,) each, finite ones only."""
+    rows = measured(run, statistic.kind, statistic.matrix)
+    values = np.array([statistic.of(run, row, window) for row in rows], np.float64)
+    tokens = np.array([row.tokens for row in rows], np.float64)
+    kept = np.isfinite(values)
+    return tokens[kept], values[kept]
+
+
+def change(run: Run, statistic: Statistic, window, tokens: int) -> float:
+    """Returns a statistic at the end of a run less that at `tokens` of training, or NaN."""
+    rows = measured(run, statistic.kind, statistic.matrix)
+    start = early_row(run, tokens)
+    if start not in rows or start.step == rows[-1].step:
+        return float("nan")
+    ends = (statistic.of(run, row, window) for row in (rows[-1], start))
+    return float(np.subtract(*ends))
+
+
+def trajectory_rho(shallow: Run, deep: Run, statistic: Statistic, window) -> float:
+    """Spearman of a statistic at d12 on `window` with that of a deeper run on ranks 200-400.
+
+    Over rows of equal tokens, the untrained model left out. Neighbouring rows are no independent
+    members, so this has no p of its own.
+    """
+    there = measured(shallow, statistic.kind, statistic.matrix)
+    rows = [row for row in measured(deep, statistic.kind, statistic.matrix) if row.tokens > 0]
+    pairs = [(match.row, row) for row in rows if (match := at_tokens(there, row.tokens))]
+    return spearman(
+        np.array([statistic.of(shallow, row, window) for row, _ in pairs]),
+        np.array([statistic.of(deep, row, DEEP_WINDOW) for _, row in pairs]),
+    )

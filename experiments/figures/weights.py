@@ -1,0 +1,210 @@
+"""Figure 17: singular values of the last layer's W_O and MLP output, over the variants.
+
+Needs no probe data, only the weights. The published comparison is at step 1600 and at the end;
+since a step is up to eight times more tokens in one rung than in another, equal tokens stand beside
+it. Source: protocol spec, figure 17.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import factorial
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.figures.page import Options, caption, family_line, seeds_text, title
+from experiments.figures.trajectories import Member, measured, token_best
+from experiments.study_records import WEIGHT, Run, Study
+from lens_jax.alignment import RATIO_TOLERANCE, at_tokens
+from lens_jax.axis_style import SHADE, rank_axes, visible
+from lens_jax.claims import Claim, Missing, number, p_text, verdict
+from lens_jax.correlations import UNDEFINED, PermutationTest, spearman_exact_p
+from lens_jax.fits import fit_power_law, jsd
+from lens_jax.saved_run import short_count
+from lens_jax.step_files import StepFile
+
+INCHES = {17: (7.2, 6.4)}
+MATRICES = (("attn/c_proj", "$W_O$"), ("mlp/c_proj", "MLP out"))
+HEAD = (1, 10)
+PUBLISHED_STEP = 1600
+
+
+class Look(NamedTuple):
+    """Where in training variants are compared: a name, its marker, and the row of a run there."""
+
+    name: str
+    marker: str
+    filled: bool
+    rows: dict[str, StepFile]
+
+
+def head_alpha(run: Run, row: StepFile, matrix: str) -> float:
+    """Exponent of the singular values on ranks 1-10, whatever the width."""
+    return fit_power_law(row.array(WEIGHT, run.final_site(WEIGHT, matrix)), *HEAD).alpha
+
+
+def draw_17(figure: Figure, study: Study, options: Options) -> list[Claim]:
+    """Draws weight spectra and their head exponents; raises Missing without measured weights."""
+    families = [f for f in study.families if f.tier == "d12"] or study.families
+    found = [token_best(study, family, options) for family in families]
+    members = [m for m in found if m is not None and all(_rows(m.first, x) for x, _ in MATRICES)]
+    if not members:
+        raise Missing(
+            "runs with the weight probe on attn.c_proj and mlp.c_proj: "
+            "python -m experiments.study preset=fig17"
+        )
+    looks = find_looks(members)
+    figure.set_size_inches(INCHES[17][0], 4.1 + 0.2 * len(members))
+    title(figure, 17, "Weight spectra of the last layer over the variants")
+    axes = figure.subplots(2, 2, height_ratios=(2.3, 0.6 + 0.2 * len(members)), sharey="row")
+    for (above, below), (matrix, name), letters in zip(axes.T, MATRICES, ("ac", "bd"), strict=True):
+        _draw_spectra(above, members, matrix)
+        above.set_title(f"({letters[0]}) {name} at the end")
+        _draw_heads(below, members, looks, matrix)
+        below.set_title(f"({letters[1]}) {name}, head exponent")
+    axes[0, 0].set_ylabel(r"$\sigma / \Sigma\sigma$")
+    axes[1, 0].set_yticks(range(len(members)), [member.family.name for member in members])
+    axes[1, 0].invert_yaxis()
+    axes[1, 0].tick_params(axis="y", pad=12, length=0)
+    for place, member in enumerate(members):  # what stands for a variant in the upper row
+        across = axes[1, 0].get_yaxis_transform()
+        line = family_line(member.family.rung)
+        axes[1, 0].plot(-0.025, place, transform=across, clip_on=False, ls="", **line)
+    axes[1, 0].sharex(axes[1, 1])
+    caption(figure, _caption_text(members, looks))
+    return [_claim(members, look) for look in looks]
+
+
+def _rows(run: Run, matrix: str) -> list[StepFile]:
+    return [row for row in measured(run, WEIGHT, matrix) if row.step > 0]
+
+
+def find_looks(members: Sequence[Member]) -> list[Look]:
+    """Returns the looks that at least two variants were measured at, the end first.
+
+    Equal tokens: the most that all runs have come to. Both early looks take the nearest row, not
+    further than RATIO_TOLERANCE in the logarithm.
+    """
+    rows = {m.first.name: _rows(m.first, MATRICES[0][0]) for m in members}
+    tokens = min(own[-1].tokens for own in rows.values())
+    equal = {name: at_tokens(own, tokens) for name, own in rows.items()}
+    looks = [
+        Look("at the end", "o", True, {name: own[-1] for name, own in rows.items()}),
+        Look(
+            f"at {short_count(tokens)} tokens", "D", False,
+            {name: match.row for name, match in equal.items() if match},
+        ),
+        Look(f"at step {PUBLISHED_STEP}", "s", False, _at_step(rows, PUBLISHED_STEP)),
+    ]  # fmt: skip
+    return [look for look in looks if len(look.rows) > 1]
+
+
+def _at_step(rows: dict[str, list[StepFile]], step: int) -> dict[str, StepFile]:
+    nearest = {name: min(own, key=lambda r: abs(r.step - step)) for name, own in rows.items()}
+    near = RATIO_TOLERANCE
+    return {name: row for name, row in nearest.items() if abs(np.log(row.step / step)) <= near}
+
+
+def _draw_spectra(ax, members: Sequence[Member], matrix: str) -> None:
+    for member in members:
+        row = _rows(member.first, matrix)[-1]
+        values = row.array(WEIGHT, member.first.final_site(WEIGHT, matrix))
+        line = family_line(member.family.rung)
+        ax.plot(*visible(values, values.sum()), markevery=[0, 2, 5], lw=1.2, **line)
+    rank_axes(ax, "")
+    ax.axvspan(*HEAD, color=SHADE, lw=0, zorder=0)
+
+
+def _draw_heads(ax, members: Sequence[Member], looks: Sequence[Look], matrix: str) -> None:
+    """A row a variant: its head exponent at each look, the first seed's; bars: spread of seeds."""
+    for place, member in enumerate(members):
+        run, colour = member.first, family_line(member.family.rung)["color"]
+        for look in looks:
+            if run.name in look.rows:
+                value = head_alpha(run, look.rows[run.name], matrix)
+                face = colour if look.filled else "white"
+                depth = 3 - look.filled  # hollow marks stay visible on filled ones
+                ax.plot(
+                    value, place, look.marker, color=colour, mfc=face, ms=5, mew=1.3, zorder=depth
+                )
+        ends = [head_alpha(r, own[-1], matrix) for r in member.runs if (own := _rows(r, matrix))]
+        ax.plot([min(ends), max(ends)], [place, place], color=colour, lw=3, alpha=0.35)
+    ax.set_xlabel(r"$\alpha$ of $\sigma$, ranks 1-10")
+    ax.set_ylim(-0.6, len(members) - 0.4)
+
+
+def separation(members: Sequence[Member], look: Look) -> tuple[PermutationTest, float, float]:
+    """Tests that the MLP output separates variants more than W_O does; with both sds.
+
+    Paired variances are equal exactly where sum and difference of the pairs do not correlate
+    (Pitman 1939, Morgan 1939); here by ranks, so that the null is exact over orders. The statistic
+    is rho, above 0 where the MLP output has the larger spread of head exponents.
+    """
+    pairs = np.array(
+        [
+            [head_alpha(m.first, look.rows[m.first.name], matrix) for matrix, _ in MATRICES]
+            for m in members
+            if m.first.name in look.rows
+        ]
+    )
+    if len(pairs) < 3:
+        return UNDEFINED, float("nan"), float("nan")
+    output, mlp = pairs.T
+    test = spearman_exact_p(mlp + output, mlp - output)
+    return test, float(np.std(output, ddof=1)), float(np.std(mlp, ddof=1))
+
+
+def _mean_jsd(members: Sequence[Member], look: Look, matrix: str) -> float:
+    spectra = [
+        look.rows[m.first.name].array(WEIGHT, m.first.final_site(WEIGHT, matrix))
+        for m in members
+        if m.first.name in look.rows
+    ]
+    return float(np.mean([jsd(a, b) for a, b in combinations(spectra, 2)]))
+
+
+def _claim(members: Sequence[Member], look: Look) -> Claim:
+    test, output, mlp = separation(members, look)
+    count = len(look.rows)
+    outcome = verdict(test.statistic, test.p, 2 / factorial(count))
+    seeds = _seed_ranges(members)
+    control = f"largest difference between seeds of a variant at its end: {seeds}"
+    divergences = [_mean_jsd(members, look, matrix) for matrix, _ in MATRICES]
+    return Claim(
+        "17", f"{look.name}, the MLP output separates variants more than W_O", count,
+        max(len(member.runs) for member in members), "1-10", test.statistic, test.p, control,
+        outcome,
+        f"{outcome.capitalize()}: sd of head exponents over {count} variants {look.name}: MLP out "
+        f"{number(mlp, '.3f')}, W_O {number(output, '.3f')}; rho(sum, difference) = "
+        f"{number(test.statistic)}, {p_text(test)} over orders; mean JSD between variants "
+        f"{number(divergences[1], '.2g')} beside {number(divergences[0], '.2g')}; {control}.",
+    )  # fmt: skip
+
+
+def _seed_ranges(members: Sequence[Member]) -> str:
+    """The largest range over seeds of the head exponent at the end, by matrix, in words."""
+    repeated = [member for member in members if len(member.runs) > 1]
+    if not repeated:
+        return "not known, one seed each"
+    found = []
+    for matrix, name in MATRICES:
+        ends = [[head_alpha(r, _rows(r, matrix)[-1], matrix) for r in m.runs] for m in repeated]
+        found.append(f"{name.strip('$')} {max(max(own) - min(own) for own in ends):.3f}")
+    return ", ".join(found)
+
+
+def _caption_text(members: Sequence[Member], looks: Sequence[Look]) -> str:
+    seeds = seeds_text([run for member in members for run in member.runs])
+    named = {"o": "filled circles", "D": "diamonds", "s": "squares"}
+    marks = "; ".join(f"{named[look.marker]} {look.name}" for look in looks)
+    batches = ", ".join(f"{m.family.rung} {m.first.batch}" for m in members)
+    near = any(look.marker == "s" for look in looks)
+    parts = [
+        f"n = {len(members)} variants at the batch that needed the fewest tokens ({batches}), "
+        f"{seeds} (bars: their range at the end)."
+        " Marks of a and b stand beside the names; singular values over their sum; head: ranks "
+        f"1-10 at every width (shaded). {marks.capitalize()}.",
+        "" if near else f"Fewer than two variants were measured near step {PUBLISHED_STEP}.",
+    ]
+    return " ".join(part for part in parts if part)

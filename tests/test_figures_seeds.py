@@ -1,0 +1,168 @@
+"""Figures 7 and 9: optimizers by how far batches lie apart, and seeds against batches."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from synthetic_language_study import make_study
+
+from experiments.efficiency import early_row
+from experiments.figures import optimizers, seeds
+from experiments.figures.options import Options
+from experiments.study_records import ACTIVATION, read_study
+from lens_jax.claims import Missing
+from lens_jax.fits import fit_power_law, jsd
+
+LAST = "h_11/resid_post"
+KERNELS = ("h_11/attn/c_proj/kernel", "h_11/mlp/c_proj/kernel")
+SMALL = {"sites": (LAST,), "kernels": KERNELS, "groups": 2, "trials": ()}
+OPTIONS = Options(tolerance=0.08)
+SEEDS = (("flexwin", "d12", 16, (0, 1, 2)),)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    made = tmp_path_factory.mktemp("pair") / "s"
+    rungs = ("muon", "lswa", "lswa_adam")
+    return read_study(
+        make_study(made, rungs=rungs, batches=(4, 8, 32), seed_cells=(), kinds=("activation",),
+                   **SMALL)
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    made = tmp_path_factory.mktemp("seeds") / "s"
+    return read_study(
+        make_study(made, rungs=("rope", "muon", "flexwin"), batches=(4, 8, 16, 32),
+                   seed_cells=SEEDS, **SMALL)
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """Batches that differ by the noise of a seed."""
+    made = tmp_path_factory.mktemp("flat") / "s"
+    return read_study(
+        make_study(made, rungs=("flexwin",), batches=(4, 8, 16, 32), seed_cells=SEEDS,
+                   planted="nothing", noise=0.1, **SMALL)
+    )  # fmt: skip
+
+
+def drawn(function, study, options=OPTIONS):
+    figure = Figure(figsize=(7.2, 5), layout="constrained")
+    return function(figure, study, options), figure
+
+
+def caption_of(figure):
+    return " ".join(figure._supxlabel.get_text().split())
+
+
+# Figure 7
+
+
+def test_the_published_contrast_is_taken_where_it_is(pair):
+    claims, figure = drawn(optimizers.draw_7, pair)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["(a) Muon (lswa)", "(b) Adam (lswa_adam)", "(c) separation"]
+    assert "Not measured" not in caption_of(figure)
+    assert "no floor" in caption_of(figure)
+    assert "in more than this" not in claims[0].sentence
+    assert claims[0].n == 2
+
+
+def test_another_contrast_says_what_it_is(study):
+    claims, figure = drawn(optimizers.draw_7, study)
+    assert "(a) Muon (muon)" in figure.axes[0].get_title()
+    assert "Not measured: lswa against lswa_adam" in caption_of(figure)
+    assert "muon against rope; the rungs differ in more than this" in claims[0].sentence
+    assert (claims[0].n, claims[0].verdict) == (3, "undecided")
+    assert claims[0].p >= 0.25
+    assert any(line.get_label() == "seed floor" for line in figure.axes[2].lines)
+
+
+def test_separation_is_per_doubling(pair):
+    matched = optimizers.Matched(pair, OPTIONS)
+    side = optimizers._contrast(pair, matched)[0]
+    found = optimizers.separations(side, matched)
+    last = {batch: runs[0].steps[-1].array(ACTIVATION, LAST) for batch, runs in side.runs.items()}
+    assert list(found) == [(4, 8), (8, 32)]
+    assert found[4, 8] == pytest.approx(jsd(last[4], last[8]))
+    assert found[8, 32] == pytest.approx(jsd(last[8], last[32]) / 4)
+
+
+def test_jsd_of_even_shifts_is_even_per_doubling():
+    ranks = np.arange(1, 49)
+    law = [ranks ** -(1.2 + 0.01 * k) for k in range(4)]
+    assert jsd(law[0], law[3]) / 9 == pytest.approx(jsd(law[0], law[1]), rel=0.02)
+
+
+def test_a_planted_separation_has_its_sign(pair):
+    matched = optimizers.Matched(pair, OPTIONS)
+    sides = optimizers._contrast(pair, matched)
+    pairs = {(2**k, 2 ** (k + 1)): 0.01 for k in range(7)}
+    wide = {key: 0.03 for key in pairs}
+    assert optimizers._claim(sides, [wide, pairs], 1e-3).verdict == "held"
+    assert optimizers._claim(sides, [pairs, wide], 1e-3).verdict == "did not hold"
+
+
+# Figure 9
+
+
+def test_seeds_and_batches_are_compared(study):
+    claims, figure = drawn(seeds.draw_9, study)
+    assert len(figure.axes) == 4
+    assert len(figure.axes[0].lines) == 3
+    early, late = claims
+    assert early.verdict == late.verdict == "held"
+    assert (early.n, early.seeds, early.window) == (4, 3, "6-12")
+    cell = [run for run in study.chosen if len(study.of(run.family)) > 4 and run.batch == 16]
+    rows = [early_row(run, 2**16) for run in cell]
+    alphas = [fit_power_law(row.array(ACTIVATION, LAST), 6, 12).alpha for row in rows]
+    over = [
+        fit_power_law(early_row(run, 2**16).array(ACTIVATION, LAST), 6, 12).alpha
+        for run in study.of(cell[0].family, 0)
+    ]
+    over[2] = np.mean(alphas)  # of the batch with three seeds
+    ratio = np.std(over, ddof=1) / np.std(alphas, ddof=1)
+    assert early.statistic == pytest.approx(np.log(ratio))
+    said = caption_of(figure)
+    assert "n = 3 seeds (weights and data order) of flexwin-d12-b16, 4 batches" in said
+    floor = np.median([
+        jsd(*two) for two in combinations(
+            [early_row(run, late_tokens(claims)).array(ACTIVATION, LAST) for run in cell], 2)
+    ])  # fmt: skip
+    assert f"seeds {floor:.2g}" in said
+
+
+def late_tokens(claims):
+    """The grid point that all runs share last: of doublings, 2^18."""
+    assert "at 262k tokens" in claims[1].claim
+    return 2**18
+
+
+def test_batches_within_the_noise_of_seeds_do_not_hold(flat):
+    claims, _ = drawn(seeds.draw_9, flat)
+    assert all(claim.verdict != "held" for claim in claims)
+    assert all(claim.p > 0.05 for claim in claims)
+
+
+def test_the_variance_test_is_that_of_f():
+    for ratio in (1.0, 3.0, 4.4):
+        f = ratio**2
+        exact = 1 - (3 * f / (3 * f + 2)) ** 1.5  # F with 3 and 2 degrees of freedom
+        assert seeds.variance_test(ratio, 3, 2).p == pytest.approx(exact, abs=0.004)
+    assert seeds.variance_test(4.4, 3, 2).p <= 0.051
+
+
+def test_another_cell_can_be_asked_for(study):
+    with pytest.raises(Missing, match="preset=fig9"):
+        drawn(seeds.draw_9, study, Options(rung="muon"))
+    claims, _ = drawn(seeds.draw_9, study, Options(batch=16, tokens=2**15))
+    assert "at 32.8k tokens" in claims[0].claim
+
+
+def test_missing_runs_are_named(flat):
+    with pytest.raises(Missing, match=r"lswa_adam.*preset=fig7"):
+        drawn(optimizers.draw_7, flat)
