@@ -10,6 +10,7 @@ figure) say in a sentence what each shows, with the verdict of a fixed rule. A f
 not there says which are needed, and the others are drawn. The exit code is 1 if none could be.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -59,8 +60,13 @@ class Task:
 KEYS = leaves(Task) | leaves(Options)
 
 
-def run_task(task: Task, options: Options, tell: Callable[[str], None] = print) -> Drawn:
-    """Draws what is asked for; returns claims and images.
+def run_task(
+    task: Task,
+    options: Options,
+    tell: Callable[[str], None] = print,
+    command: str | None = None,
+) -> Drawn:
+    """Draws what is asked for; returns claims and images. command: what a report says made it.
 
     Raises ValueError with one line for a folder that is no study, a place that cannot be written
     to, or a damaged file.
@@ -75,7 +81,7 @@ def run_task(task: Task, options: Options, tell: Callable[[str], None] = print) 
     if task.report and drawn.images:
         from experiments.figures.report import write_report
 
-        write_report(study, drawn.claims, drawn.images, Path(task.report))
+        write_report(study, drawn.claims, drawn.images, Path(task.report), command=command)
         tell(f"report: {task.report}")
     return drawn
 
@@ -90,7 +96,8 @@ def main(argv: list[str]) -> int:
     if task.study is None:
         raise UsageError("study= is missing; give the folder of a study")
     try:
-        drawn = run_task(task, options)
+        command = shlex.join(["python", "-m", "experiments.figures", *argv])
+        drawn = run_task(task, options, command=command)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     for claim in drawn.claims:

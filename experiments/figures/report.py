@@ -271,4 +271,5 @@ def _words(text: str) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Begins with a capital, unless the first word is a name such as d12 or `muon:`."""
+    return text[:1].upper() + text[1:] if text.partition(" ")[0].isalpha() else text
