@@ -32,12 +32,17 @@ def crossing_tokens(run: Run, target: float) -> float:
 
     Interpolated linearly in (ln tokens, loss) between the validation before and the first one
     below. inf for a run that ended without one, or diverged; NaN for one that has not ended.
+    Raises ValueError for a target that the loss is below before any training.
     """
     tokens, losses = run.val["tokens"], run.val["loss"]
     below = np.flatnonzero(losses < target)
     if not below.size:
         return inf if run.finished else nan
     k = int(below[0])
+    if tokens[k] <= 0:
+        raise ValueError(
+            f"target_loss={target}: {run.path} is below it before training; give a lower one"
+        )
     if k == 0 or tokens[k - 1] <= 0:
         return float(tokens[k])
     share = (losses[k - 1] - target) / (losses[k - 1] - losses[k])
@@ -56,14 +61,20 @@ def first_below_tokens(run: Run, target: float) -> float:
 
 
 def excess_tokens(runs: Sequence[Run], target: float) -> dict[str, float]:
-    """Returns {run name: T / min T - 1} within the runs given; inf for a censored run."""
+    """Returns {run name: T / min T - 1} within the runs given; inf for a censored run.
+
+    NaN for a run that has not ended, and for all where none has reached the target.
+    """
     found = {run.name: crossing_tokens(run, target) for run in runs}
     best = min((tokens for tokens in found.values() if tokens < inf), default=nan)
     return {name: tokens / best - 1 for name, tokens in found.items()}
 
 
 def efficiency(runs: Sequence[Run], target: float) -> dict[str, float]:
-    """Returns {run name: -ln(T / min T)} within the runs given: 0 at best, -inf for a censored."""
+    """Returns {run name: -ln(T / min T)} within the runs given: 0 at best, -inf for a censored run.
+
+    NaN as in `excess_tokens`.
+    """
     return {
         name: -log(1 + excess) if excess < inf else (-inf if excess == inf else nan)
         for name, excess in excess_tokens(runs, target).items()
@@ -88,6 +99,19 @@ def early_row(run: Run, tokens: float, tolerance: float = RATIO_TOLERANCE) -> St
     """Returns the measured step nearest in ln(tokens), None if it is off by more there."""
     match = at_tokens(run.steps, tokens, tolerance)
     return None if match is None else match.row
+
+
+def loss_at(run: Run, tokens: float) -> float:
+    """Returns the validation loss at some tokens, interpolated linearly in (ln tokens, loss).
+
+    NaN for a run whose validations end before or begin after, by more than a measured step may be
+    off: what it showed at another time is no early loss.
+    """
+    seen = run.val["tokens"] > 0
+    ahead = np.log(run.val["tokens"][seen] / tokens)
+    if not ahead.size or ahead[0] > RATIO_TOLERANCE or ahead[-1] < -RATIO_TOLERANCE:
+        return nan
+    return float(np.interp(0.0, ahead, run.val["loss"][seen]))
 
 
 def matched_row(run: Run, loss: float, tolerance: float) -> StepFile | None:

@@ -6,7 +6,8 @@
 Within each family (a rung at a tier) its batches are ranked by the exponent of the last layer's
 spectrum at a token budget, a larger one first, and beside it by the batch size itself and by the
 early loss. What such rankings were worth on the members that have reached the target stands above:
-mean rank correlation with token efficiency over families, and its exact p.
+mean rank correlation with token efficiency over families, its exact p with members permuted within
+families, and beside it that of the families' own p together (Stouffer), which is the cautious one.
 """
 
 import csv
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import chz
+import numpy as np
 
 from experiments.efficiency import crossing_tokens
 from experiments.pruning import RULES, early_scores
@@ -23,6 +25,7 @@ from experiments.statistics import Prediction, predict
 from experiments.study_records import Run, Study, read_study
 from lens_jax.claims import number, p_text
 from lens_jax.correlations import PermutationTest
+from lens_jax.multiplicity import stouffer
 from lens_jax.saved_run import short_count
 from models.atomic_files import write_bytes_atomic, write_json
 from models.command_line import (
@@ -71,7 +74,7 @@ class Row(NamedTuple):
     """One member: its scores, and its place in its family by each of them, 1 the most promising.
 
     crossing_tokens: to the target, None where it was not reached, or not yet. A score is None, and
-    the place too, where the member has no state near the budget.
+    the place too, where the member has no state near the budget; a place also where no other has.
     """
 
     rung: str
@@ -88,7 +91,10 @@ class Row(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Rows of all members by family, and the calibration; None without two finished members."""
+    """Rows of all members by family, and the calibration.
+
+    None where no family has three members with both an alpha and an outcome, one at the target.
+    """
 
     rows: tuple[Row, ...]
     calibration: Prediction | None
@@ -134,6 +140,8 @@ def _family_rows(study: Study, runs: list[Run], tokens: int, window) -> list[Row
 
 def _places(scores: dict[str, float]) -> dict[str, int]:
     ranked = sorted((name for name in scores if isfinite(scores[name])), key=lambda n: -scores[n])
+    if len(ranked) < 2:  # the first of one is no forecast
+        return {}
     return {name: place for place, name in enumerate(ranked, start=1)}
 
 
@@ -150,13 +158,20 @@ def describe(found: Forecast) -> str:
     ]
     calibration = found.calibration
     if calibration is None:
-        lines.append("calibration: too few members have reached the target yet")
-    else:
-        count = sum(int((~_missing(family)).sum()) for family in calibration.families)
         lines.append(
-            f"calibration on {count} members of {len(calibration.families)} families, mean rho "
-            f"with token efficiency: "
-            + "; ".join(f"{NAMES[rule]} {_test_text(test)}" for rule, test in _tests(calibration))
+            "no calibration: it takes three members of a family that have ended, one of them at "
+            "the target, and have a measured state near these tokens"
+        )
+    else:
+        members, families = _counts(calibration)
+        lines.append(
+            f"calibration on {members} members of {families} "
+            f"{'family' if families == 1 else 'families'}, mean rho with token efficiency: "
+            + "; ".join(
+                f"{NAMES[rule]} {number(test.statistic)} ({p_text(test)}, "
+                f"Stouffer {number(together, '.2g')})"
+                for rule, test, together in _tests(calibration)
+            )
         )
     lines.append(
         f"{'member':<26}{'alpha':>8}{'place':>6}{'loss':>9}{'place':>6}{'-log B':>8}"
@@ -173,16 +188,21 @@ def describe(found: Forecast) -> str:
     return "\n".join(lines)
 
 
-def _missing(family):
-    return (family.alpha != family.alpha) | (family.efficiency != family.efficiency)
+def _counts(calibration: Prediction) -> tuple[int, int]:
+    """Members that have both an alpha and an outcome, and families of which enough have."""
+    judged = [own for own in calibration.families if isfinite(own.rho_alpha.statistic)]
+    members = [np.isfinite(own.alpha) & ~np.isnan(own.efficiency) for own in judged]
+    return int(sum(own.sum() for own in members)), len(judged)
 
 
-def _tests(calibration: Prediction) -> list[tuple[str, PermutationTest]]:
-    return [(rule, getattr(calibration, rule)) for rule in RULES]
-
-
-def _test_text(test: PermutationTest) -> str:
-    return f"{number(test.statistic)} ({p_text(test)})"
+def _tests(calibration: Prediction) -> list[tuple[str, PermutationTest, float]]:
+    """Of every rule its joint test, and the p of its families' own tests together."""
+    found = []
+    for rule in RULES:
+        own = [getattr(family, f"rho_{rule}") for family in calibration.families]
+        _, together = stouffer([test.p for test in own], [test.statistic for test in own])
+        found.append((rule, getattr(calibration, rule), together))
+    return found
 
 
 def _cell(value, form: str = "d") -> str:
@@ -192,12 +212,10 @@ def _cell(value, form: str = "d") -> str:
 def write_forecast(found: Forecast, path: Path) -> None:
     """Writes the rows, as JSON with the calibration beside them."""
     if path.suffix == ".json":
-        calibration = found.calibration
-        tests = [] if calibration is None else _tests(calibration)
         document = {
             "tokens": found.tokens,
             "window": list(found.window),
-            "calibration": {rule: {"rho": t.statistic, "p": t.p} for rule, t in tests},
+            "calibration": _calibration(found.calibration),
             "members": [row._asdict() for row in found.rows],
         }
         write_json(path, document)
@@ -207,6 +225,21 @@ def write_forecast(found: Forecast, path: Path) -> None:
     writer.writeheader()
     writer.writerows(row._asdict() for row in found.rows)
     write_bytes_atomic(path, text.getvalue().encode())
+
+
+def _calibration(calibration: Prediction | None) -> dict | None:
+    if calibration is None:
+        return None
+    members, families = _counts(calibration)
+    tests = {
+        rule: {
+            "rho": _finite(test.statistic),
+            "p": _finite(test.p),
+            "p_stouffer": _finite(together),
+        }
+        for rule, test, together in _tests(calibration)
+    }
+    return {"members": members, "families": families, **tests}
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.efficiency import alpha_at, crossing_tokens, early_row, ranks_of
+from experiments.efficiency import alpha_at, crossing_tokens, early_row, loss_at, ranks_of
 from experiments.study_records import ACTIVATION, Family, Run, Study
 
 Rule = Literal["alpha", "loss", "batch"]
@@ -25,7 +25,10 @@ def early_scores(
 
     alpha: the exponent of the last layer's spectrum on the window; loss: minus the validation loss
     there; batch: -ln B, for which no run is needed. NaN where a run has no state near the budget.
+    Raises ValueError for a rule that is none.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule}: choose among {', '.join(RULES)}")
     return {run.name: _score(run, rule, tokens, window) for run in runs}
 
 
@@ -33,13 +36,13 @@ def _score(run: Run, rule: Rule, tokens: float, window: tuple[int, int]) -> floa
     if rule == "batch":
         return -log(run.tokens_per_step)
     if rule == "loss":
-        seen = np.flatnonzero((run.val["tokens"] > 0) & (run.val["tokens"] <= tokens))
-        loss = run.val["loss"][seen[-1]] if seen.size else nan
-        return -float(loss) if isfinite(loss) else nan
+        loss = loss_at(run, tokens)
+        return -loss if isfinite(loss) else nan
     row = early_row(run, tokens)
-    if row is None or not run.sites(ACTIVATION):
+    site = "" if row is None or not run.sites(ACTIVATION) else run.final_site()
+    if row is None or not row.has(ACTIVATION, site):
         return nan
-    return alpha_at(row, run.final_site(), ranks_of(run, window)).value
+    return alpha_at(row, site, ranks_of(run, window)).value
 
 
 def select_survivors(scores: Mapping[str, float], keep: int) -> set[str]:
@@ -75,9 +78,10 @@ def retrospective(
     """Returns what every rule, and chance, would have saved and cost on the finished members.
 
     A family counts with its members of the least seed that have ended, if there are more than
-    `keep` and one reached the target. A member that did not costs all the tokens it trained, and as
-    the best kept one has the regret of those tokens, a lower bound. chance keeps members at random:
-    exact expectations. Raises ValueError for a study without a target or early tokens.
+    `keep`, and one reached the target, none of them before the budget. A member that did not reach
+    it costs all the tokens it trained; where no better one was kept those are spent for nothing,
+    and the true best is trained on top. chance keeps members at random: exact expectations.
+    Raises ValueError for a study without a target or early tokens.
     """
     tokens = study.config.get("early_tokens") if tokens is None else tokens
     window = tuple(study.config.get("window", (90, 200))) if window is None else window
@@ -87,8 +91,10 @@ def retrospective(
     judged = {
         family: own
         for family, own in costs.items()
-        if len(own) > keep and any(isfinite(crossed) for crossed, _ in own.values())
+        if len(own) > keep and tokens < min(crossed for crossed, _ in own.values()) < inf
     }
+    if not judged:
+        return []
     found = []
     for rule in RULES:
         chosen = {}
@@ -96,7 +102,7 @@ def retrospective(
             runs = [run for run in study.of(family) if run.name in own]
             chosen[family] = select_survivors(early_scores(runs, rule, tokens, window), keep)
         found.append(_judge(rule, keep, judged, chosen, tokens))
-    return [*found, _chance(keep, judged, tokens)] if judged else []
+    return [*found, _chance(keep, judged, tokens)]
 
 
 def _costs(study: Study, family: Family) -> dict[str, tuple[float, float]]:
@@ -114,20 +120,24 @@ def _spent(cost: tuple[float, float]) -> float:
     return crossed if isfinite(crossed) else trained
 
 
+def _regrets(costs: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Excess over the true best of every member, were it the best kept; the best ones first."""
+    ranked = sorted(costs, key=lambda name: costs[name])  # those that never reached it are last
+    best, _ = costs[ranked[0]]
+    again = {name: 0.0 if isfinite(costs[name][0]) else best for name in ranked}
+    return {name: (_spent(costs[name]) + again[name]) / best - 1 for name in ranked}
+
+
 def _judge(rule: str, keep: int, judged, chosen, tokens: float) -> Pruned:
     total = saved = 0.0
     regrets, hits = [], []
     for family, own in judged.items():
         spent = {name: _spent(cost) for name, cost in own.items()}
-        gone = spent.keys() - chosen[family]
         total += sum(spent.values())
-        saved += sum(max(spent[name] - tokens, 0.0) for name in gone)
-        best = min((name for name in own if isfinite(own[name][0])), key=spent.get)
-        kept = min(spent[name] for name in chosen[family])
-        regrets.append(max(kept / spent[best] - 1, 0.0))
-        hits.append(best in chosen[family])
-    if not judged:
-        return Pruned(rule, keep, nan, nan, nan, 0)
+        saved += sum(max(spent[name] - tokens, 0.0) for name in spent.keys() - chosen[family])
+        by_place = _regrets(own)
+        regrets.append(next(by_place[name] for name in by_place if name in chosen[family]))
+        hits.append(next(iter(by_place)) in chosen[family])
     return Pruned(
         rule, keep, saved / total, float(np.mean(regrets)), float(np.mean(hits)), len(judged)
     )
@@ -139,13 +149,12 @@ def _chance(keep: int, judged, tokens: float) -> Pruned:
     total = saved = 0.0
     regrets, hits = [], []
     for own in judged.values():
-        spent = np.sort([_spent(cost) for cost in own.values()])
-        best = min(_spent(cost) for cost in own.values() if isfinite(cost[0]))
+        spent = np.array([_spent(cost) for cost in own.values()])
         n = spent.size
         total += float(spent.sum())
         saved += float(np.maximum(spent - tokens, 0.0).sum()) * (n - keep) / n
         chances = np.array([comb(n - r, keep - 1) for r in range(1, n + 1)]) / comb(n, keep)
-        regrets.append(float(chances @ np.maximum(spent / best - 1, 0.0)))
+        regrets.append(float(chances @ np.array(list(_regrets(own).values()))))
         hits.append(keep / n)
     return Pruned(
         "chance", keep, saved / total, float(np.mean(regrets)), float(np.mean(hits)), len(judged)

@@ -16,6 +16,7 @@ from experiments.efficiency import (
     efficiency,
     excess_tokens,
     first_below_tokens,
+    loss_at,
     matched_row,
     ranks_of,
 )
@@ -79,6 +80,37 @@ def test_a_crossing_lies_between_the_looks_around_it(losses, target):
     else:
         # the logarithm rounds
         assert tokens[below - 1] * (1 - 1e-9) <= crossed <= tokens[below] * (1 + 1e-9)
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.floats(0.02, 0.98))
+def test_a_falling_curve_is_read_like_its_inverse(falls, share):
+    losses = 8.0 - np.cumsum([0.0, *falls])
+    tokens = 100 * 1.7 ** np.arange(losses.size)
+    target = losses[0] + share * (losses[-1] - losses[0])
+    twin = exp(np.interp(-target, -losses, np.log(tokens)))
+    assert crossing_tokens(Curve(tokens, losses), target) == pytest.approx(twin, rel=1e-9)
+    assert loss_at(Curve(tokens, losses), twin) == pytest.approx(target, abs=1e-9)
+
+
+def test_a_target_above_the_first_loss_is_refused():
+    with pytest.raises(ValueError, match=r"target_loss=8\.0: .* before training"):
+        crossing_tokens(Curve([0, 100], [7.0, 3.0]), 8.0)
+
+
+def test_a_loss_is_early_only_where_the_run_was_at_its_tokens():
+    run = Curve([0, 100, 200, 400], [7.0, 5.0, 4.0, 3.0])
+    assert loss_at(run, 200) == 4.0
+    assert loss_at(run, 100 * 2**0.5) == pytest.approx(4.5)
+    assert loss_at(run, 440) == 3.0  # nearer than a measured step may be
+    assert isnan(loss_at(run, 800))  # not there yet, or over: another time says nothing
+    assert isnan(loss_at(run, 50))
+    assert isnan(loss_at(Curve([0], [7.0]), 50))
+
+
+def test_without_any_that_reached_the_target_there_is_no_excess():
+    runs = [Curve([100], [5.0], "budget", label="a"), Curve([100], [5.0], "", label="b")]
+    assert all(isnan(own) for own in excess_tokens(runs, 4.0).values())
+    assert all(isnan(own) for own in efficiency(runs, 4.0).values())
 
 
 def test_excess_and_efficiency_are_within_the_runs_given():

@@ -4,11 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+from itertools import groupby
 
 import pytest
-from synthetic_language_study import make_study, name
+from synthetic_language_study import TARGET, make_study, name
 
+from experiments.efficiency import crossing_tokens
 from experiments.forecast import describe, forecast, main
+from experiments.statistics import predict
 from experiments.study_records import read_study
 from models.command_line import UsageError
 
@@ -34,20 +37,73 @@ def test_unfinished_members_are_ranked_and_finished_ones_calibrate(folder):
     assert [flexwin[batch].batch_place for batch in (4, 8, 16, 32)] == [1, 2, 3, 4]
     assert found.calibration.alpha.statistic == pytest.approx(1.0)
     text = describe(found)
-    assert "calibration on" in text
+    assert "at 65.5k tokens, last layer, ranks 90-200" in text
+    assert "calibration on 12 members of 3 families" in text
     assert "flexwin-d12-b16-s0" in text
 
 
-def test_a_study_without_an_end_has_no_calibration(tmp_path):
-    rungs = ("muon",)
+def test_places_follow_the_scores_within_each_family(folder):
+    study = read_study(folder)
+    runs = {(*run.cell, run.seed): run for run in study.chosen}
+    rows = forecast(study, 2**16, (90, 200)).rows
+    for _, family in groupby(rows, key=lambda row: (row.rung, row.tier)):
+        family = list(family)
+        for row in family:
+            assert row.alpha_place == 1 + sum(other.alpha > row.alpha for other in family)
+            assert row.loss_place == 1 + sum(other.loss < row.loss for other in family)
+            assert row.batch_place == 1 + sum(other.batch < row.batch for other in family)
+    for row in rows:
+        run = runs[row.rung, row.tier, row.batch, row.seed]
+        assert row.loss == run.val["loss"][run.val["tokens"] == 2**16][0]
+        assert row.crossing_tokens == crossing_tokens(run, TARGET)
+
+
+def young(folder, cut):
+    """Four batches of muon of which none has ended; cut: tokens at which their metrics stop."""
     names = tuple(name("muon", batch=batch) for batch in (4, 8, 16, 32))
-    folder = make_study(
-        tmp_path / "young", rungs=rungs, seed_cells=(), trials=(), kernels=(), unfinished=names
+    make_study(folder, rungs=("muon",), seed_cells=(), trials=(), kernels=(), unfinished=names)
+    for own in names:
+        path = folder / "runs" / own / "metrics.jsonl"
+        rows = [row for row in path.read_text().splitlines() if json.loads(row)["tokens"] <= cut]
+        path.write_text("".join(row + "\n" for row in rows))
+    return read_study(folder)
+
+
+def test_a_study_without_an_end_is_ranked_and_has_no_calibration(tmp_path):
+    found = forecast(young(tmp_path / "young", 2**17), 2**16, (90, 200))
+    assert found.calibration is None
+    assert "no calibration: it takes three members" in describe(found)
+    assert {(row.state, row.crossing_tokens) for row in found.rows} == {("not ended", None)}
+    assert sorted(row.alpha_place for row in found.rows) == [1, 2, 3, 4]
+
+
+def test_a_budget_without_states_ranks_by_the_batch_alone(folder):
+    found = forecast(read_study(folder), 2**30, (90, 200))
+    assert found.calibration is None
+    assert {(row.alpha, row.alpha_place, row.loss_place) for row in found.rows} == {(None,) * 3}
+    assert {row.batch_place for row in found.rows} == {1, 2, 3, 4}
+    assert "measured state near these tokens" in describe(found)
+
+
+def test_the_first_of_one_is_no_forecast(tmp_path):
+    one = make_study(
+        tmp_path / "one", rungs=("muon",), batches=(8,), seed_cells=(), trials=(), kernels=()
     )
-    found = forecast(read_study(folder), 2**16, (90, 200))
-    # the curves lie below the target already, but nothing says that the runs are over
-    assert len(found.rows) == 4
-    assert {row.state for row in found.rows} == {"not ended"}
+    (row,) = forecast(read_study(one), 2**16, (90, 200)).rows
+    assert row.alpha is not None
+    assert (row.alpha_place, row.loss_place, row.batch_place) == (None, None, None)
+
+
+def test_runs_that_have_only_begun_stand_in_the_table(tmp_path):
+    study = young(tmp_path / "begun", 2**17)
+    bare = study.path / "runs" / name("muon", batch=4)
+    (bare / "metrics.jsonl").unlink()
+    for path in (bare / "spectra").iterdir():
+        path.unlink()
+    (study.path / "runs" / name("muon", batch=8) / "config.json").unlink()
+    rows = forecast(read_study(study.path), 2**16, (90, 200)).rows
+    assert (rows[0].batch, rows[0].alpha_place) == (4, None)
+    assert sorted(row.alpha_place for row in rows[1:]) == [1, 2]
 
 
 def test_rows_are_written_as_csv_and_json(folder, tmp_path, capsys):
@@ -59,8 +115,20 @@ def test_rows_are_written_as_csv_and_json(folder, tmp_path, capsys):
     document = json.loads((tmp_path / "f.json").read_text())
     assert len(rows) == len(document["members"]) == 12
     assert document["tokens"] == 32768
-    assert set(document["calibration"]) == {"alpha", "loss", "batch"}
-    assert rows[0]["rung"] == document["members"][0]["rung"]
+    calibration = document["calibration"]
+    # two of flexwin's four are not over, but their curves lie below the target already
+    assert (calibration["members"], calibration["families"]) == (12, 3)
+    assert set(calibration) == {"members", "families", "alpha", "loss", "batch"}
+    assert 0 < calibration["alpha"]["p"] < calibration["alpha"]["p_stouffer"] < 0.05
+    found = predict(read_study(folder), tokens=32768)
+    for rule in ("alpha", "loss", "batch"):
+        test = getattr(found, rule)
+        assert (calibration[rule]["rho"], calibration[rule]["p"]) == (test.statistic, test.p)
+    later = [row._asdict() for row in forecast(read_study(folder), 2**16, (90, 200)).rows]
+    assert rows == [
+        {key: "" if value is None else str(value) for key, value in row.items()} for row in later
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"f.csv", "f.json"}
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,7 @@ def test_as_many_survive_as_one_in_eta_and_they_are_the_best(losses, eta):
 
 def test_an_edge_asks_for_the_next_rate_and_the_middle_for_none():
     by_loss = lambda *losses: {  # noqa: E731
-        rate: trial(rate, val_loss=loss)
-        for rate, loss in zip((1.0, 2.0, 4.0), losses, strict=True)
+        rate: trial(rate, val_loss=loss) for rate, loss in zip((1.0, 2.0, 4.0), losses, strict=True)
     }
     assert _outside(by_loss(5.0, 4.0, 3.0)) == 8.0
     assert _outside(by_loss(3.0, 4.0, 5.0)) == 0.5

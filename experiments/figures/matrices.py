@@ -103,6 +103,8 @@ def _draw_end(ax, run: Run, names: Sequence[tuple[str, str]], kind: str) -> None
         return
     for matrix, name, (colour, marker) in shown:
         values = _values(run, _rows(run, matrix)[-1], matrix, kind)
+        if kind == CENTRED:
+            values = values[:-1]  # 0 but for rounding
         x, y = visible(values, values.sum())
         ax.plot(x, y, color=colour, marker=marker, markevery=[0, 3, 9], label=name, lw=1.2)
     rank_axes(ax, r"$\sigma / \Sigma\sigma$")
