@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from experiments import checkpoint_damage as damage
 from experiments.checksums import host_checksum, leaves_by_path, tree_checksums
+from experiments.processes import share
 from models.command_line import UsageError
 
 _SPARE_BYTES = 1 << 20  # what metadata and directory entries of one saved step may take
@@ -96,7 +97,7 @@ class Checkpoints:
         if self._read_only:
             raise ValueError(f"{self.folder} was opened read_only")
         self.wait()
-        if step in self.steps():
+        if share(step in self.steps()):
             return False
         leaves = leaves_by_path(state)
         needed = sum(leaf.nbytes for leaf in leaves.values()) + _SPARE_BYTES

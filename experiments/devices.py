@@ -8,6 +8,8 @@ import importlib.util
 import os
 from typing import Any
 
+from models.command_line import UsageError
+
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 PAPER_BYTES = 40e9
 
@@ -58,13 +60,25 @@ def split_cpu() -> None:
 
 
 def make_mesh(micro_rows: int):
-    """A mesh over as many devices as divide the rows of a micro-batch (at least one)."""
+    """A mesh over as many devices as divide the rows of a micro-batch (at least one).
+
+    Several processes bring equally many. Raises UsageError for rows that they cannot share.
+    """
     import jax
 
-    devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if micro_rows % n == 0)
+    processes = jax.process_count()
+    if micro_rows % processes:
+        raise UsageError(
+            f"{processes} processes cannot share a micro-batch of {micro_rows} rows; lower "
+            f"accumulate=, or give a batch= that they divide"
+        )
+    rows = micro_rows // processes
+    count = max(n for n in range(1, jax.local_device_count() + 1) if rows % n == 0)
+    devices = [
+        device for i in range(processes) for device in jax.local_devices(process_index=i)[:count]
+    ]
     return jax.make_mesh(
-        (count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:count]
+        (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
     )
 
 
@@ -85,14 +99,19 @@ def split_leading(mesh):
 
 
 def place_rows(mesh, tokens: Any, *, axis: int):
-    """A host array on the mesh, split along `axis` where the devices divide it, else copied."""
+    """A host array on the mesh, split along `axis` where the devices divide it, else copied.
+
+    Of several processes each has the whole array and places its part.
+    """
     import jax
 
     spec = [None] * tokens.ndim
     if tokens.shape[axis] % mesh.size == 0:
         spec[axis] = "data"
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-    return jax.device_put(tokens, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tokens, sharding)
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
 def peak_flops(mesh) -> float | None:

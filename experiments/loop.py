@@ -28,6 +28,7 @@ from experiments.data import (
 from experiments.devices import peak_flops, place_rows, replicated
 from experiments.metrics import MetricsFile
 from experiments.probe_set import probe_at, with_window
+from experiments.processes import is_first, make_poll, share
 from experiments.progress import Display, format_rate, format_tokens
 from experiments.run_folder import RunFolder
 from experiments.schedule import Schedule, make_schedule
@@ -54,7 +55,7 @@ RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
     """Train until the target, the budget or a signal; returns the command's exit code."""
     result = folder.path / "result.json"
-    if result.exists():
+    if share(result.exists()):
         print(f"this run is finished, see {result}; another seed= or out= makes a new one")
         return 0
     schedule = make_schedule(config)
@@ -67,10 +68,9 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
             Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         )
         state, start = _initial_state(run, checkpoints, files.name)
-        metrics = stack.enter_context(MetricsFile(folder.metrics_path))
-        known = {
-            row["step"]: row["loss"] for row in metrics.truncate_from(start) if row["kind"] == "val"
-        }
+        metrics = stack.enter_context(MetricsFile(folder.metrics_path)) if is_first() else None
+        kept = metrics.truncate_from(start) if metrics else []
+        known = dict(share([(row["step"], row["loss"]) for row in kept if row["kind"] == "val"]))
         writer = stack.enter_context(RecordWriter(folder.spectra))
         # keys are counted on the validation text, at the widest window
         flops = flops_per_token(
@@ -109,7 +109,7 @@ def _greet(display: Display, config: RunConfig, run: Run, schedule: Schedule, st
 
 
 def _initial_state(run: Run, checkpoints: Checkpoints, data: str) -> tuple[TrainState, int]:
-    latest = checkpoints.latest()
+    latest = share(checkpoints.latest())
     if latest is None:
         return run.fresh_state(), 0
     meta = checkpoints.read_meta(latest)
@@ -133,7 +133,10 @@ def _initial_state(run: Run, checkpoints: Checkpoints, data: str) -> tuple[Train
 
 
 class Loop:
-    """One pass through the steps of a run, with everything it writes to."""
+    """One pass through the steps of a run, with everything it writes to.
+
+    Of several processes only the first writes metrics (None in the others) and records.
+    """
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ class Loop:
         run: Run,
         folder: RunFolder,
         checkpoints: Checkpoints,
-        metrics: MetricsFile,
+        metrics: MetricsFile | None,
         writer: RecordWriter,
         display: Display,
         known_losses: dict[int, float],
@@ -155,6 +158,8 @@ class Loop:
         self.pending: tuple[int, dict, dict] | None = None  # step in flight, metrics, measured
         self.fetched_at: float | None = None
         self.rates: list[float] = []
+        self.poll = make_poll(run.mesh) if jax.process_count() > 1 else None
+        self.signal = 0  # that any process had got when the last fetched step was dispatched
 
     def run(self, state: TrainState, start: int, windows: TrainWindows, interrupt) -> int:
         """Steps from `start` to the end; returns the exit code."""
@@ -168,8 +173,8 @@ class Loop:
         stream = make_train_stream(windows, start=start * config.rows_per_step, **order)
         try:
             for step in range(start, self.schedule.num_steps + 1):
-                if interrupt.received:
-                    return self._leave(step, state, interrupt.received)
+                if received := self.signal if self.poll else interrupt.received:
+                    return self._leave(step, state, received)
                 reason = self._look(step, state)
                 if not reason and self._is_pause(step):
                     return self._pause(step, state)
@@ -179,6 +184,8 @@ class Loop:
                 if reason and not measure:
                     break
                 state, metrics, measured = self._dispatch(step, state, next(stream), measure)
+                if self.poll:
+                    metrics["signal"] = self.poll(interrupt.received or 0)
                 self._fetch()
                 self.pending = (step, metrics, measured)
                 if reason:
@@ -234,7 +241,7 @@ class Loop:
             "val_tokens": self.config.data.val_tokens,
             "seconds": time.monotonic() - began,
         }
-        self.metrics.append(row)
+        self._write(row)
         self.display.validation(row)
         self.fetched_at = None
 
@@ -261,6 +268,7 @@ class Loop:
         now = time.monotonic()
         seconds = None if self.fetched_at is None else now - self.fetched_at
         self.fetched_at = now
+        self.signal = int(metrics.pop("signal", 0))
         finite = metrics.pop("finite")
         probe_loss = metrics.pop("probe_loss", None)
         numbers = {name: float(value) for name, value in metrics.items()}
@@ -281,15 +289,21 @@ class Loop:
             "step_time_s": seconds,
             "tokens_per_s": rate,
         }
-        self.metrics.append(row)
+        self._write(row)
         if rate is not None:
             self.rates.append(rate)
         self.display.train(row, self._typical_rate())
+
+    def _write(self, row: dict) -> None:
+        if self.metrics is not None:
+            self.metrics.append(row)
 
     def _typical_rate(self) -> float | None:
         return statistics.median(self.rates[-50:]) if self.rates else None
 
     def _submit(self, step: int, measured: dict, probe_loss) -> None:
+        if not is_first():
+            return
         meta = {"step": step, "tokens": step * self.config.tokens_per_step, **self.run_.facts}
         meta["window_tokens"] = self._window(step)
         if probe_loss is not None:
@@ -329,6 +343,8 @@ class Loop:
     def _report_not_finite(self, error: NotFinite, windows: TrainWindows, order: dict) -> int:
         training = error.kind == "training"
         self.checkpoints.wait()
+        if not is_first():
+            return 1
         report = {
             "kind": error.kind,
             "step": error.step,
@@ -349,6 +365,8 @@ class Loop:
     def _finish(self, step: int, reason: str) -> int:
         self.writer.drain()
         self.checkpoints.wait()
+        if not is_first():
+            return 0
         loss = self.val_losses[step]
         rate = statistics.median(self.rates) if self.rates else None
         tokens = step * self.config.tokens_per_step

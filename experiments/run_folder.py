@@ -60,7 +60,7 @@ class RunFolder:
     spectra, checkpoints: where those things live (`spectra` exists, `checkpoints` may not).
     """
 
-    def __init__(self, path: Path, lock: int, resumed: bool):
+    def __init__(self, path: Path, lock: int | None, resumed: bool):
         self.path = path
         self.resumed = resumed
         self.metrics_path = path / "metrics.jsonl"
@@ -109,6 +109,12 @@ class RunFolder:
         except BaseException:
             _release(lock)
             raise
+
+    @classmethod
+    def beside(cls, path: str | os.PathLike) -> "RunFolder":
+        """The folder that another process of the same run has opened: its paths, without a lock."""
+        path = Path(path).absolute()
+        return cls(path, None, _has_checkpoint(path))
 
     def close(self) -> None:
         """Release the lock; may be called twice."""

@@ -11,6 +11,7 @@ same command again goes on where the run stopped, and a finished run is only rep
 import chz
 
 from experiments.host_threads import one_blas_thread
+from experiments.processes import joined, open_together
 from experiments.resolve import (
     describe_layers,
     help_text,
@@ -36,6 +37,12 @@ def main(argv: list[str]) -> int:
     words = parse_command(argv)
     if words.get("profile", "auto") == "auto":
         resolve(words, "laptop")  # a mistake is answered before any device is asked
+    with joined():
+        return run(words)
+
+
+def run(words: dict[str, str]) -> int:
+    """Train as the words of a command say; returns its exit code."""
     config, origin, reason = resolve_here(words)
     from experiments.data import resolve_source
 
@@ -47,10 +54,10 @@ def main(argv: list[str]) -> int:
     print(f"profile {config.profile}: {reason}", *describe_layers(config, origin), sep="\n")
     print(f"data {files.name}: {len(files.train)} training shards, vocabulary {files.vocab_size:,}")
 
-    from experiments.run_folder import RunFolder
-
-    stored = flatten(config)
-    with RunFolder.open(config.out, config.resume, stored, free_keys=FREE_ON_RESUME) as folder:
+    shards = (*files.train, *files.val)
+    with open_together(
+        config.out, config.resume, flatten(config), FREE_ON_RESUME, shards
+    ) as folder:
         from experiments.devices import split_cpu
         from experiments.loop import train  # imports jax, after everything cheap has been checked
 
