@@ -176,7 +176,8 @@ def test_a_run_that_fails_does_not_stop_the_others(data, cache, tmp_path):
     code, out = run(words, cache)
     assert code == 2
     assert "1 runs failed" in out
-    assert "is not the folder of a run" in out
+    log = (folder / "logs" / f"{study_names[0]}.log").read_text()
+    assert "is not the folder of a run" in log
     finished = [path.parent.name for path in folder.glob("runs/*/result.json")]
     assert sorted(finished) == sorted(study_names[1:])
 

@@ -224,4 +224,5 @@ def _last_line(log: Path) -> str:
     except FileNotFoundError:
         return ""
     found = [line.strip() for line in lines if line.strip()]
-    return found[-1] if found else ""
+    errors = [line for line in found if line.startswith("error: ")]
+    return (errors or found or [""])[-1]
