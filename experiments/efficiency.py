@@ -6,25 +6,13 @@ Source: protocol spec 1.10 and 1.12.
 
 from collections.abc import Sequence
 from math import exp, inf, log, nan
-from typing import NamedTuple
 
 import numpy as np
 
 from experiments.study_records import ACTIVATION, Run
-from lens_jax.alignment import RATIO_TOLERANCE, at_loss, at_tokens
-from lens_jax.fits import REFERENCE_WIDTH, fit_power_law, scale_ranks
-from lens_jax.jackknife import alpha_error
+from lens_jax.alignment import RATIO_TOLERANCE, Alpha, alpha_of, at_loss, at_tokens
+from lens_jax.fits import REFERENCE_WIDTH, scale_ranks
 from lens_jax.step_files import StepFile
-
-
-class Alpha(NamedTuple):
-    """Exponent of a spectrum on ranks first..last; error by the jackknife, NaN if not recorded."""
-
-    value: float
-    r2: float
-    error: float
-    first: int
-    last: int
 
 
 def crossing_tokens(run: Run, target: float) -> float:
@@ -88,11 +76,7 @@ def ranks_of(run: Run, window: tuple[int, int]) -> tuple[int, int]:
 
 def alpha_at(row: StepFile, site: str, ranks: tuple[int, int], kind: str = ACTIVATION) -> Alpha:
     """Returns the exponent of a recorded spectrum on ranks as they are."""
-    fit = fit_power_law(row.array(kind, site), *ranks)
-    error = nan
-    if row.has(f"{kind}_left_out", site):
-        error = alpha_error(row.array(f"{kind}_left_out", site), fit.first, fit.last)
-    return Alpha(fit.alpha, fit.r2, error, fit.first, fit.last)
+    return alpha_of(row.array(kind, site), ranks, row.left_out(kind, site))
 
 
 def early_row(run: Run, tokens: float, tolerance: float = RATIO_TOLERANCE) -> StepFile | None:

@@ -28,17 +28,7 @@ from lens_jax.correlations import PermutationTest
 from lens_jax.multiplicity import stouffer
 from lens_jax.saved_run import short_count
 from models.atomic_files import write_bytes_atomic, write_json
-from models.command_line import (
-    Layer,
-    UsageError,
-    build,
-    cast_words,
-    check_path,
-    check_report,
-    help_page,
-    parse_words,
-    run_command,
-)
+from models.command_line import UsageError, check_path, check_report, read_command, run_command
 
 NAMES = {"alpha": "alpha", "loss": "early loss", "batch": "-log B"}
 
@@ -244,13 +234,9 @@ def _calibration(calibration: Prediction | None) -> dict | None:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError on bad words or a damaged study."""
-    if {"-h", "--help"} & set(argv):
-        print(help_page(__doc__, ForecastConfig, {}, {}))
+    config = read_command(ForecastConfig, __doc__, argv, ("study",), "give the folder of a study")
+    if config is None:
         return 0
-    values = cast_words(ForecastConfig, parse_words(argv))
-    config, _ = build(ForecastConfig, [Layer("typed", values)])
-    if config.study is None:
-        raise UsageError("study= is missing; give the folder of a study")
     try:
         study = read_study(config.study)
         tokens = config.tokens or study.config.get("early_tokens")

@@ -25,7 +25,7 @@ from experiments.data import (
     make_train_stream,
     sample_indices,
 )
-from experiments.devices import peak_flops, place_rows, replicated
+from experiments.devices import peak_flops, place_rows
 from experiments.metrics import MetricsFile
 from experiments.probe_set import probe_at, with_window
 from experiments.processes import is_first, make_poll, share
@@ -38,13 +38,14 @@ from experiments.setup import (
     make_run,
     read_yardstick,
 )
+from experiments.start import greet, initial_state
 from experiments.stops import Interrupt, NotFinite
 from lens_jax.probes import spectra
 from lens_jax.records import RecordWriter
 from lens_jax.show import draw_run
 from lens_jax.step import TrainState
 from models.atomic_files import write_json
-from models.command_line import UsageError, flatten
+from models.command_line import flatten
 from models.flops import flops_per_token
 from models.windows import widest_window, window_at
 from optim.groups import learning_rates
@@ -67,7 +68,7 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         )
-        state, start = _initial_state(run, checkpoints, files.name)
+        state, start = initial_state(run, checkpoints, files.name)
         metrics = stack.enter_context(MetricsFile(folder.metrics_path)) if is_first() else None
         kept = metrics.truncate_from(start) if metrics else []
         known = dict(share([(row["step"], row["loss"]) for row in kept if row["kind"] == "val"]))
@@ -79,57 +80,11 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
         display = stack.enter_context(
             Display(schedule.num_steps, start, flops, peak_flops(run.mesh))
         )
-        _greet(display, config, run, schedule, start)
+        greet(display, config, run, schedule, start)
         loop = Loop(
             config, schedule, run, folder, checkpoints, metrics, writer, display, known, files.name
         )
         return loop.run(state, start, windows, interrupt)
-
-
-def _greet(display: Display, config: RunConfig, run: Run, schedule: Schedule, start: int) -> None:
-    devices = run.mesh.devices.flat
-    display.note(
-        f"{run.num_params:,} parameters on {run.mesh.size} x {devices[0].device_kind}, "
-        f"{run.facts['dtype']}; {schedule.num_steps} steps of {config.tokens_per_step:,} tokens; "
-        f"{len(schedule.measure)} measured steps"
-    )
-    idle = jax.device_count() - run.mesh.size
-    if idle:
-        mend = f"lower accumulate={config.accumulate}" if config.accumulate > 1 else "raise batch"
-        display.note(
-            f"{idle} of {jax.device_count()} devices are idle: a micro-batch has "
-            f"{config.rows_per_step // config.accumulate} rows, which the devices in use must "
-            f"divide; {mend}"
-        )
-    if start:
-        display.note(f"resumed at step {start}")
-    yardstick = run.facts["unigram_entropy"]
-    if yardstick is not None:
-        display.note(f"yardstick: unigram entropy of the validation text {yardstick:.3f} nats")
-
-
-def _initial_state(run: Run, checkpoints: Checkpoints, data: str) -> tuple[TrainState, int]:
-    latest = share(checkpoints.latest())
-    if latest is None:
-        return run.fresh_state(), 0
-    meta = checkpoints.read_meta(latest)
-    if meta["data"] != data:
-        raise UsageError(
-            f"the checkpoint at step {latest} was trained on {meta['data']}, not on {data}; bring "
-            f"that data back, or start anew with another out="
-        )
-    saved_on = meta["num_devices"]
-    if saved_on != run.mesh.size:
-        print(
-            f"note: saved on {saved_on} devices, resumed on {run.mesh.size}: losses agree to "
-            f"rounding, not bit by bit"
-        )
-    shapes = jax.eval_shape(run.fresh_state)
-    sharding = replicated(run.mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
-    return checkpoints.restore(latest, abstract), latest
 
 
 class Loop:

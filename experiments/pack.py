@@ -20,16 +20,7 @@ from lens_jax.records import write_step
 from lens_jax.saved_run import layer_name
 from lens_jax.step_files import StepFile
 from models.atomic_files import write_bytes_atomic
-from models.command_line import (
-    Layer,
-    UsageError,
-    build,
-    cast_words,
-    check_path,
-    help_page,
-    parse_words,
-    run_command,
-)
+from models.command_line import UsageError, check_path, read_command, run_command
 
 SMALL_FILES = ("config.json", "selected.json", "pruned.json", "table.csv")
 RUN_FILES = ("config.json", "result.json", "nonfinite.json")
@@ -120,13 +111,11 @@ def _copy(source: Path, target: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError on bad words or a damaged study."""
-    if {"-h", "--help"} & set(argv):
-        print(help_page(__doc__, PackConfig, {}, {}))
+    config = read_command(
+        PackConfig, __doc__, argv, ("study", "out"), "give study=FOLDER out=FOLDER"
+    )
+    if config is None:
         return 0
-    config, _ = build(PackConfig, [Layer("typed", cast_words(PackConfig, parse_words(argv)))])
-    for key in ("study", "out"):
-        if getattr(config, key) is None:
-            raise UsageError(f"{key}= is missing; give study=FOLDER out=FOLDER")
     out = Path(config.out)
     try:
         study = read_study(config.study)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.efficiency import (
-    Alpha,
     alpha_at,
     crossing_tokens,
     early_row,
@@ -23,6 +22,7 @@ from experiments.efficiency import (
     ranks_of,
 )
 from experiments.study_records import ACTIVATION, Family, Run, Study
+from lens_jax.alignment import Alpha
 from lens_jax.correlations import (
     UNDEFINED,
     PermutationTest,

@@ -9,7 +9,6 @@ A cell is a rung at a tier and a batch; a family is a rung at a tier, over its b
 study reads the small files; a step file is opened when its rows are asked for. No jax.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from experiments.metrics import read_metrics
 from lens_jax.saved_run import depth, layer_name
 from lens_jax.step_files import StepFile, list_steps
+from models.atomic_files import read_json_object
 from models.ladder import ALL_RUNGS
 
 ACTIVATION = "act_cov_eigenvalues"
@@ -218,8 +218,8 @@ def read_study(folder: str | Path) -> Study:
     if not runs:
         raise ValueError(f"study={folder}: no run in {folder / 'runs'} has begun")
     runs.sort(key=lambda run: (*_order(run.cell), run.seed, run.lr_scale))
-    config = _read_json(folder / "config.json", required=False)
-    selected = _read_json(folder / "selected.json", required=False)
+    config = read_json_object(folder / "config.json", required=False)
+    selected = read_json_object(folder / "selected.json", required=False)
     study = Study(folder, config, selected, tuple(runs), ())
     open_runs = [run.name for run in study.chosen if not run.finished]
     unfinished += [f"{name}: has no result.json yet" for name in open_runs]
@@ -232,31 +232,19 @@ def _order(cell: Cell) -> tuple:
 
 def read_run(path: Path) -> Run:
     """Opens one run; raises ValueError naming the file that is missing or damaged."""
-    config = _read_json(path / "config.json")
+    config = read_json_object(path / "config.json")
     needed = ("rung", "tier", "batch", "seed", "optim.lr_scale", "size.long_row", "size.n_embd")
     missing = [key for key in needed if key not in config]
     if missing:
         raise ValueError(f"{path / 'config.json'}: no {missing[0]} in it; not a run's")
     if config["rung"] not in ALL_RUNGS:
         raise ValueError(f"{path / 'config.json'}: rung={config['rung']} is no rung")
-    result = _read_json(path / "result.json", required=False)
+    result = read_json_object(path / "result.json", required=False)
     broken = path / "nonfinite.json"
     if not result and broken.is_file():
-        report = _read_json(broken)
+        report = read_json_object(broken)
         result = {"reason": "diverged", "step": report["step"], "tokens": report["tokens"]}
     return Run(path, config, result)
-
-
-def _read_json(path: Path, *, required: bool = True) -> dict:
-    if not required and not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return tree
 
 
 def _columns(rows: list[dict], kind: str) -> dict[str, np.ndarray]:

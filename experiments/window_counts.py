@@ -18,16 +18,7 @@ import numpy as np
 
 from lens_jax.fits import jsd
 from lens_jax.records import write_step
-from models.command_line import (
-    Layer,
-    UsageError,
-    build,
-    cast_words,
-    check_path,
-    help_page,
-    parse_words,
-    run_command,
-)
+from models.command_line import UsageError, check_path, read_command, run_command
 
 KIND = "window_count_eigenvalues"
 DIVERGENCE, NULL = "window_count_jsd/a_b", "window_count_jsd_null/a"
@@ -67,8 +58,12 @@ class Comparison(NamedTuple):
 
     @property
     def p(self) -> float:
-        """Share of the halves that differ at least as much, the observed pair counted in."""
-        return float((1 + np.sum(self.null >= self.divergence)) / (1 + self.null.size))
+        return share_beyond(self.null, self.divergence)
+
+
+def share_beyond(null: np.ndarray, observed: float) -> float:
+    """Returns the share of random halves that differ at least as much, the observed counted in."""
+    return float((1 + np.sum(null >= observed)) / (1 + null.size))
 
 
 def gram_of_counts(windows: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -141,14 +136,9 @@ def draw_windows(source: str, count: int, config: WindowConfig, stream: int):
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError on bad words."""
-    if {"-h", "--help"} & set(argv):
-        print(help_page(__doc__, WindowConfig, {}, {}))
+    config = read_command(WindowConfig, __doc__, argv, ("a", "b", "out"), "give a=, b= and out=")
+    if config is None:
         return 0
-    values = cast_words(WindowConfig, parse_words(argv))
-    config, _ = build(WindowConfig, [Layer("typed", values)])
-    for key in ("a", "b", "out"):
-        if getattr(config, key) is None:
-            raise UsageError(f"{key}= is missing; give a=, b= and out=")
     first, files = draw_windows(config.a, 2 * config.windows, config, 0)
     other, other_files = draw_windows(config.b, config.windows, config, 1)
     if files.vocab_size != other_files.vocab_size:

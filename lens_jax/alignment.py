@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lens_jax.fits import fit_power_law
+from lens_jax.jackknife import alpha_error
 from lens_jax.step_files import StepFile as Row
 
 LOSS_TOLERANCE = 0.02
@@ -23,6 +25,28 @@ class Match(NamedTuple):
 
     row: Row
     off: float
+
+
+class Alpha(NamedTuple):
+    """Exponent of a spectrum on ranks first..last; error by the jackknife, NaN if not recorded."""
+
+    value: float
+    r2: float
+    error: float
+    first: int
+    last: int
+
+
+def alpha_of(
+    values: np.ndarray, ranks: tuple[int, int], left_out: np.ndarray | None = None
+) -> Alpha:
+    """Returns the exponent of a spectrum (D,) on ranks as they are.
+
+    left_out: (G, D), the same with each group of windows left out; None if it was not recorded.
+    """
+    fit = fit_power_law(values, *ranks)
+    error = nan if left_out is None else alpha_error(left_out, fit.first, fit.last)
+    return Alpha(fit.alpha, fit.r2, error, fit.first, fit.last)
 
 
 def at_loss(rows: Sequence[Row], loss: float, tolerance: float = LOSS_TOLERANCE) -> Match | None:

@@ -120,22 +120,10 @@ def page(
     name = escape(" \u00b7 ".join(headline))
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in conditions)
     numbers = _numbers(tables) if tables else '<p class="note">No spectra were measured.</p>'
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{name}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{name}</h1>
-<ul class="conditions">{facts}</ul>
-</header>
-<main>
-<section aria-labelledby="figures">
+    return frame(
+        name,
+        facts,
+        f"""<section aria-labelledby="figures">
 <h2 id="figures">Figures</h2>
 <div class="figures">
 {"".join(figures)}</div>
@@ -143,7 +131,31 @@ def page(
 <section aria-labelledby="numbers">
 <h2 id="numbers">Numbers</h2>
 {numbers}</section>
-</main>
+""",
+    )
+
+
+def frame(name: str, facts: str, body: str, *, style: str = STYLE, links: str = "") -> str:
+    """Returns a whole page that stands alone, from parts that are HTML already.
+
+    facts: the items of the list below the name; links: what follows it in the header.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{name}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>{name}</h1>
+<ul class="conditions">{facts}</ul>
+{links}</header>
+<main>
+{body}</main>
 <script>{SCRIPT}</script>
 </body>
 </html>

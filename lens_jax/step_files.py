@@ -42,6 +42,11 @@ class StepFile:
             raise ValueError(f"{self.path}: no array {kind}/{site} in it; measure the run anew")
         return _read(self.path, lambda archive: archive[f"{kind}/{site}"]).astype(np.float64)
 
+    def left_out(self, kind: str, site: str) -> np.ndarray | None:
+        """Reads a spectrum with each group of windows left out, (G, D); None if not recorded."""
+        kind = f"{kind}_left_out"
+        return self.array(kind, site) if self.has(kind, site) else None
+
     def sites(self, kind: str) -> list[str]:
         """Returns the sites at which a kind was recorded, in the order of their names."""
         return sorted(n.partition("/")[2] for n in self.names if n.startswith(f"{kind}/"))

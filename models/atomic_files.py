@@ -40,6 +40,22 @@ def write_json(path: str | os.PathLike, obj) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
+def read_json_object(path: Path, *, required: bool = True) -> dict:
+    """The JSON object in a file; an empty one where it is absent and not required.
+
+    Raises ValueError, one line naming the file, for what is no JSON or no object.
+    """
+    if not required and not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return tree
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether a file is one that a killed writer left behind."""
     return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -237,6 +237,24 @@ def help_page(
     return "\n".join(lines)
 
 
+def read_command(
+    cls: type, usage: str, argv: list[str], needed: Iterable[str] = (), mend: str = ""
+) -> Any | None:
+    """The configuration that a command's words give, or None once its help was printed.
+
+    For commands all of whose keys are those of `cls`. needed: keys that must be given; mend: what
+    to give where one is missing. Raises UsageError.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_page(usage, cls, {}, {}))
+        return None
+    config, _ = build(cls, [Layer("typed", cast_words(cls, parse_words(argv)))])
+    for key in needed:
+        if getattr(config, key) is None:
+            raise UsageError(f"{key}= is missing; {mend}")
+    return config
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's main; a UsageError becomes one line on stderr and exit code 2."""
     try:

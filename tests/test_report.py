@@ -8,10 +8,10 @@ import struct
 import subprocess
 import urllib.request
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from synthetic_run import make_run
 
 from lens_jax.report import greek, number_text, report
@@ -19,7 +19,6 @@ from lens_jax.saved_run import read_run
 from lens_jax.table import table_rows
 
 SMALL = {"width": 24, "num_layers": 11, "num_samples": 24, "steps": (0, 1, 2, 70)}
-VOID = {"meta", "img", "br", "link", "input"}
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -38,33 +37,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def html(run):
     return report(run)
-
-
-class Page(HTMLParser):
-    """Elements with their attributes and text; fails on tags that do not pair."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.found, self._open = [], []
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        element = {"tag": tag, "text": "", "in": [e["tag"] for e in self._open], **dict(attrs)}
-        self.found.append(element)
-        if tag not in VOID:
-            self._open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        for element in self._open:
-            element["text"] += data
-
-    def all(self, tag):
-        return [element for element in self.found if element["tag"] == tag]
 
 
 def test_page_has_what_readers_need(html, run):

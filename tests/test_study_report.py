@@ -4,10 +4,10 @@ import base64
 import re
 import struct
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from synthetic_language_study import make_study, name
@@ -22,7 +22,6 @@ SMALL = {"sites": (), "kernels": (), "kinds": (), "batches": (4, 8, 16)}
 TITLES = (
     "Findings", "Figures", "The grid", "Giving up members early", "How to run it again",
 )  # fmt: skip
-VOID = {"meta", "img", "br", "link", "input"}
 COMMAND = "python -m experiments.figures study=s report=r.html"
 NAN = float("nan")
 CLAIMS = (
@@ -53,37 +52,6 @@ def images(tmp_path_factory):
         found[number] = folder / f"figure_{number}.png"
         figure.savefig(found[number])
     return found
-
-
-class Page(HTMLParser):
-    """Elements with their attributes and text; fails on tags that do not pair."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.found, self._open = [], []
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        element = {"tag": tag, "text": "", "in": [e["tag"] for e in self._open], **dict(attrs)}
-        self.found.append(element)
-        if tag not in VOID:
-            self._open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        for element in self._open:
-            element["text"] += data
-
-    def all(self, tag, **attributes):
-        return [
-            e
-            for e in self.found
-            if e["tag"] == tag and all(e.get(k) == v for k, v in attributes.items())
-        ]
 
 
 @pytest.fixture(scope="module")

@@ -5,27 +5,15 @@ Equal loss and equal tokens are in `lens_jax.alignment`. NumPy, float64.
 
 from collections.abc import Sequence
 from math import inf, nan
-from typing import NamedTuple
 
 import numpy as np
 
-from lens_jax.alignment import RATIO_TOLERANCE, Match, at_tokens
-from lens_jax.fits import fit_power_law, rankme
-from lens_jax.jackknife import alpha_error
+from lens_jax.alignment import RATIO_TOLERANCE, Alpha, Match, alpha_of, at_tokens
+from lens_jax.fits import rankme
 from toy_modular.records import LAST, SPECTRUM, Row, Run
 
 REFERENCE_WIDTH = 128
 """Width of the published toy model, for which its rank windows are meant."""
-
-
-class Alpha(NamedTuple):
-    """Exponent of a spectrum on ranks first..last; error by the jackknife, NaN if not recorded."""
-
-    value: float
-    r2: float
-    error: float
-    first: int
-    last: int
 
 
 def at_progress(
@@ -63,11 +51,7 @@ def spectrum(row: Row, site: str = LAST) -> np.ndarray:
 def alpha(row: Row, window: tuple[int, int], site: str = LAST) -> Alpha:
     """Returns the exponent on a window given for width 128, scaled by `toy_window`."""
     values = spectrum(row, site)
-    fit = fit_power_law(values, *toy_window(*window, values.size))
-    error = nan
-    if row.has(f"{SPECTRUM}_left_out", site):
-        error = alpha_error(row.array(f"{SPECTRUM}_left_out", site), fit.first, fit.last)
-    return Alpha(fit.alpha, fit.r2, error, fit.first, fit.last)
+    return alpha_of(values, toy_window(*window, values.size), row.left_out(SPECTRUM, site))
 
 
 def effective_rank(row: Row, site: str = LAST) -> float:

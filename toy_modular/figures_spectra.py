@@ -9,13 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from lens_jax.alignment import Match, at_loss, common_loss, equal_losses
+from lens_jax.alignment import Alpha, Match, at_loss, common_loss, equal_losses
 from lens_jax.axis_style import INK, SHADE, VERMILLION, rank_axes
 from lens_jax.claims import FAILED, HELD, UNDECIDED, Claim, Missing, number, p_text, verdict
 from lens_jax.correlations import alike_permutation_p, joint_permutation_p
 from lens_jax.fits import jsd
 from lens_jax.jackknife import expected_jsd
-from toy_modular.alignment import Alpha, alpha, spectrum, toy_window
+from toy_modular.alignment import alpha, spectrum, toy_window
 from toy_modular.figures_page import batch_axis, batch_lines, edge_note, sheet, words
 from toy_modular.records import LAST, SPECTRUM, Row, Run, Study
 from toy_modular.stages import CORE

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lens_jax.step_files import StepFile, list_steps
+from models.atomic_files import read_json_object
 
 _BAND = re.compile(r"(\d+)_(\d+)")
 
@@ -144,8 +145,8 @@ def read_study(folder: str | Path) -> Study:
     runs.sort(key=lambda run: (run.stage, run.batch, run.seed))
     return Study(
         folder,
-        _read_json(folder / "config.json", required=False),
-        _read_json(folder / "selected.json", required=False),
+        read_json_object(folder / "config.json", required=False),
+        read_json_object(folder / "selected.json", required=False),
         tuple(runs),
         tuple(unfinished),
     )
@@ -160,28 +161,16 @@ def band_numbers(site: str) -> tuple[int, int]:
 
 
 def _read_run(path: Path) -> Run:
-    config = _read_json(path / "config.json")
+    config = read_json_object(path / "config.json")
     values = {}
     for key, kind in (("stage", str), ("batch", int), ("seed", int)):
         if not isinstance(config.get(key), kind):
             raise ValueError(f"{path / 'config.json'}: no {key} in it, or no {kind.__name__}")
         values[key] = config[key]
-    result = _read_json(path / "result.json", required=False)
+    result = read_json_object(path / "result.json", required=False)
     if result and not {"step", "tokens", "crossing_tokens"} <= set(result):
         raise ValueError(f"{path / 'result.json'}: lacks step, tokens or crossing_tokens")
     return Run(path, config=config, result=result, **values)
-
-
-def _read_json(path: Path, *, required: bool = True) -> dict:
-    if not required and not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return tree
 
 
 def _metrics_rows(path: Path) -> list[dict]:

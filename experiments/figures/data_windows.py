@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.figures.options import Options
 from experiments.figures.page import caption, title
 from experiments.study_records import Study
-from experiments.window_counts import DIVERGENCE, KIND, NULL
+from experiments.window_counts import DIVERGENCE, KIND, NULL, share_beyond
 from lens_jax.axis_style import BLUE, FAINT, VERMILLION, rank_axes, visible
 from lens_jax.claims import FAILED, HELD, LEVEL, Claim, Missing, number
 from lens_jax.step_files import StepFile, list_steps
@@ -55,7 +55,7 @@ def _draw_null(ax, row: StepFile) -> None:
 def _claim(row: StepFile) -> Claim:
     """Held where the samples differ no more than halves of one do; that is no proof of equality."""
     halves, observed = row.array(*NULL.split("/")), float(row.array(*DIVERGENCE.split("/")))
-    p = float((1 + np.sum(halves >= observed)) / (1 + halves.size))
+    p = share_beyond(halves, observed)
     outcome = FAILED if p <= LEVEL else HELD
     return Claim(
         "5", "two samples of text have one spectrum of token counts", row.meta["windows"], 1,

@@ -5,16 +5,15 @@ largest value of the first is mostly the mean gradient. Source: protocol spec, f
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import isfinite
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.figures.options import Options
-from experiments.figures.page import caption, seeds_text, title
+from experiments.figures.page import caption, seeds_text, title, words
 from experiments.figures.trajectories import Member, measured, token_best
-from experiments.study_records import GRADIENT, Family, Run, Study
+from experiments.study_records import GRADIENT, Run, Study
 from lens_jax.axis_style import LINES, not_measured, rank_axes, token_axis, visible
 from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
 from lens_jax.fits import GRAM_FLOOR, rankme, topk_share
@@ -134,12 +133,11 @@ def _claim(study: Study, options: Options, member: Member, names) -> Claim:
     Of every family at its best batch the RankMe of MLP out less that of W_O, at the end; null: the
     difference of a family might as well have the other sign.
     """
-    families, differences = [], []
+    differences = []
     for family in study.families:
         there = token_best(study, family, options)
         gap = None if there is None else _gap(there.first)
         if gap is not None and isfinite(gap):
-            families.append(family)
             differences.append(gap)
     test = sign_flip_test(differences)
     outcome = verdict(abs(test.statistic), test.p, 2.0 ** (1 - max(len(differences), 1)))
@@ -154,9 +152,9 @@ def _claim(study: Study, options: Options, member: Member, names) -> Claim:
         len(differences), 1, "all ranks", test.statistic, test.p,
         f"largest difference between seeds of {member.family.name}: {seeds}", outcome,
         f"{outcome.capitalize()}: at the end RankMe of MLP out less that of W_O is "
-        f"{number(test.statistic, '+.1f')}, mean over {_count(families)} at the best batch, "
-        f"{p_text(test)} by signs; {member.family.name}: {listed}; largest difference between "
-        f"seeds {seeds}.",
+        f"{number(test.statistic, '+.1f')}, mean over "
+        f"{words(len(differences), 'family')} at the best batch, {p_text(test)} by signs; "
+        f"{member.family.name}: {listed}; largest difference between seeds {seeds}.",
     )  # fmt: skip
 
 
@@ -175,17 +173,13 @@ def _seed_range(member: Member, names) -> str:
         return "not known, one seed"
     ranges = []
     for matrix, _ in names:
-        ends = sorted(
-            effective_rank(_values(run, _rows(run, matrix)[-1], matrix, GRADIENT))
+        ends = [
+            effective_rank(_values(run, rows[-1], matrix, GRADIENT))
             for run in member.runs
-            if _rows(run, matrix)
-        )
-        ranges.append(sum(high - low for low, high in pairwise(ends)))
+            if (rows := _rows(run, matrix))
+        ]
+        ranges.append(max(ends) - min(ends))
     return f"{max(ranges):.2f}"
-
-
-def _count(families: Sequence[Family]) -> str:
-    return "1 family" if len(families) == 1 else f"{len(families)} families"
 
 
 def _caption_text(member: Member, names) -> str:

@@ -18,8 +18,8 @@ from experiments.study_records import Study
 from lens_jax.claims import FAILED, HELD, LEVEL, UNDECIDED, Claim, number
 from lens_jax.multiplicity import benjamini_hochberg
 from lens_jax.report import greek
-from lens_jax.report_page import POLICY, SCRIPT
 from lens_jax.report_page import STYLE as RUN_STYLE
+from lens_jax.report_page import frame
 from lens_jax.saved_run import short_count
 from models.atomic_files import write_bytes_atomic
 
@@ -105,27 +105,8 @@ def page(study: Study, claims: Sequence[Claim], images: Mapping[str, Path], comm
         f'<section aria-labelledby="{key}">\n<h2 id="{key}">{title}</h2>\n{body}</section>\n'
         for key, title, body in parts
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{name}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{name}</h1>
-<ul class="conditions">{facts}</ul>
-<nav aria-label="parts of this page">{links}</nav>
-</header>
-<main>
-{sections}</main>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    nav = f'<nav aria-label="parts of this page">{links}</nav>\n'
+    return frame(name, facts, sections, style=STYLE, links=nav)
 
 
 def _conditions(study: Study) -> list[str]:

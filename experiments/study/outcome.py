@@ -2,13 +2,14 @@
 
 import contextlib
 import fcntl
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments.metrics import read_metrics
-from models.command_line import UsageError
+from models.claimed_folder import read_kept
+
+MEND = "remove the run's folder"
 
 
 class Outcome(NamedTuple):
@@ -33,10 +34,12 @@ NEW = Outcome("new", 0, float("nan"))
 def outcome_of(folder: Path) -> Outcome:
     """Reads where a run stands; raises UsageError naming a damaged file."""
     if (folder / "result.json").exists():
-        result = _read(folder / "result.json")
+        result = read_kept(folder / "result.json", MEND)
         return Outcome(result["reason"], result["tokens"], result["val_loss"])
     if (folder / "nonfinite.json").exists():
-        return Outcome("diverged", _read(folder / "nonfinite.json")["tokens"], float("inf"))
+        return Outcome(
+            "diverged", read_kept(folder / "nonfinite.json", MEND)["tokens"], float("inf")
+        )
     saved = _saved_step(folder)
     if not saved or not (folder / "metrics.jsonl").exists():
         return NEW
@@ -68,11 +71,3 @@ def _saved_step(folder: Path) -> int:
         names = os.listdir(folder / "checkpoints")
         return max((int(name) for name in names if name.isdecimal()), default=0)
     return 0
-
-
-def _read(path: Path) -> dict:
-    with contextlib.suppress(ValueError):
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
-            return found
-    raise UsageError(f"{path} is damaged; remove the run's folder")

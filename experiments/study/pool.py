@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.stops import Interrupt
 from experiments.study.outcome import Outcome, is_in_use, outcome_of
 
 POLL_SECONDS = 0.2
@@ -86,7 +87,7 @@ def run_tasks(
             waiting.append(task)
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        signals = stack.enter_context(_Signals())
+        signals = stack.enter_context(Interrupt())
         slots = [
             stack.enter_context(_Slot(i, min(workers, len(waiting)), logs, compiled))
             for i in range(min(workers, len(waiting)))
@@ -124,26 +125,6 @@ def _cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-class _Signals:
-    """SIGINT and SIGTERM as a number to look at."""
-
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self) -> "_Signals":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        del frame
-        self.received = number
 
 
 class _Slot:
@@ -193,8 +174,7 @@ class _Slot:
             self._process.wait()
 
     def describe(self) -> str:
-        there = self.task.outcome()
-        return f"{self.task.name}: {_last_line(self._log(self.task)) or there.reason}"
+        return f"{self.task.name}: {_last_line(self._log(self.task)) or self.task.outcome().reason}"
 
     def _log(self, task: Task) -> Path:
         return self._logs / f"{task.folder.name}.log"
