@@ -1,6 +1,7 @@
 """Which members a running study gives up at the early tokens, by what they show until then."""
 
 from collections.abc import Mapping
+from math import isfinite
 
 from experiments.pruning import early_scores, select_survivors
 from experiments.study.folder import StudyFolder
@@ -25,8 +26,12 @@ def members_to_give_up(
             continue
         scores = early_scores(runs, config.prune, config.early_tokens, config.window)
         kept = select_survivors(scores, config.keep)
-        gone = {run.name: scores[run.name] for run in runs if run.name not in kept}
+        gone = {r.name: _finite(scores[r.name]) for r in runs if r.name not in kept}
         found[family.name] = {"rule": config.prune, "kept": sorted(kept), "given_up": gone}
     folder.add_pruned(found)
     gone = [name for family in (decided | found).values() for name in family["given_up"]]
     return [members[name] for name in gone if name in members]
+
+
+def _finite(score: float) -> float | None:
+    return score if isfinite(score) else None  # JSON has no NaN
