@@ -18,8 +18,6 @@ from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from models.command_line import UsageError, leaves
 from models.ladder import RUNGS
 
-pytestmark = pytest.mark.xdist_group("bench")  # what they share is made once
-
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "profile": "laptop",

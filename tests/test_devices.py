@@ -13,8 +13,6 @@ from experiments import devices
 from lens_jax.comparisons import subspace_overlap
 from lens_jax.records import read_step
 
-pytestmark = pytest.mark.xdist_group("devices")  # what they share is made once
-
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 ONE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 

@@ -18,8 +18,6 @@ from tiny_models import quick_compiler
 
 from models.command_line import UsageError, leaves
 
-pytestmark = pytest.mark.xdist_group("first_gpu")  # what they share is made once
-
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("attention_check", "float8", "scatter", "scatter_ftz", "attention_time")
 SECTIONS += ("steps", "gemm", "eigen", "probe")

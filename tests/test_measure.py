@@ -18,8 +18,6 @@ from lens_jax.records import read_step
 from models.command_line import UsageError
 from models.published import save_published
 
-pytestmark = pytest.mark.xdist_group("measure")  # what they share is made once
-
 STEPS, LAST = 8, "step_00000008.npz"
 FROM_DATA = ("val_loss", "unigram_entropy")  # facts that only a training run has, or had
 

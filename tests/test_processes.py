@@ -21,8 +21,6 @@ from lens_jax.comparisons import subspace_overlap
 from lens_jax.records import read_step
 from models.command_line import UsageError
 
-pytestmark = pytest.mark.xdist_group("processes")  # what they share is made once
-
 STEPS = 60
 EARLY = 10  # steps in which rounding has not grown
 VAL_STEPS, TOKENS_PER_STEP = 10, 256

@@ -22,7 +22,6 @@ from experiments.study_records import read_study
 
 KILLS = int(os.environ.get("LENS_JAX_KILLS", "2"))
 STEPS = 16
-pytestmark = pytest.mark.xdist_group("tiny study")
 
 
 @pytest.fixture(scope="module")

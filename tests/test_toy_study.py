@@ -19,8 +19,6 @@ from toy_modular.study_config import Kind, resolve
 from toy_modular.training import train_members
 from toy_modular.workers import Failed, Job, run_jobs
 
-pytestmark = pytest.mark.xdist_group("toy_study")  # what they share is made once
-
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 

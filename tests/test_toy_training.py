@@ -19,8 +19,6 @@ from toy_modular.language import load_data, make_problem
 from toy_modular.members import STREAM_OFFSET, make_program
 from toy_modular.training import crossing_tokens, train_members
 
-pytestmark = pytest.mark.xdist_group("toy_training")  # what they share is made once
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():

@@ -10,8 +10,6 @@ from tiny_runs import assert_same_run, finish, make_data, make_words, numbers, s
 
 from lens_jax.records import read_step
 
-pytestmark = pytest.mark.xdist_group("windowed_run")  # what they share is made once
-
 STEPS = 12
 RUNG = {
     "rung": "attnscale",
