@@ -198,11 +198,15 @@ class Study:
         return self.config.get("target_loss")
 
 
+class NoRuns(ValueError):
+    """A study none of whose runs has begun."""
+
+
 def read_study(folder: str | Path) -> Study:
     """Opens a study.
 
-    Raises ValueError with one line when the folder is missing or holds no runs, and naming the file
-    when one is damaged; a damaged metrics or step file is found when it is read.
+    Raises ValueError with one line when the folder is missing or holds no runs (NoRuns), and naming
+    the file when one is damaged; a damaged metrics or step file is found when it is read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -216,7 +220,7 @@ def read_study(folder: str | Path) -> Study:
             continue
         runs.append(read_run(path))
     if not runs:
-        raise ValueError(f"study={folder}: no run in {folder / 'runs'} has begun")
+        raise NoRuns(f"study={folder}: no run in {folder / 'runs'} has begun")
     runs.sort(key=lambda run: (*_order(run.cell), run.seed, run.lr_scale))
     config = read_json_object(folder / "config.json", required=False)
     selected = read_json_object(folder / "selected.json", required=False)

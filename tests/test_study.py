@@ -181,6 +181,18 @@ def test_a_run_that_fails_does_not_stop_the_others(data, cache, tmp_path):
     assert sorted(finished) == sorted(study_names[1:])
 
 
+def test_runs_that_all_break_off_before_they_begin_are_told_of(data, cache, tmp_path):
+    words = words_of(data, out=tmp_path / "s", lr=1.0, batches="2", more="", figures="true")
+    (name,) = run_names(words)
+    blocked = tmp_path / "s" / "runs" / name
+    blocked.mkdir(parents=True)
+    (blocked / "something.txt").write_text("not a run")
+    code, out = run(words, cache)
+    assert code == 2
+    assert "1 runs failed" in out
+    assert (tmp_path / "s" / "table.csv").read_text().startswith("rung,")
+
+
 def run_names(words: list[str]) -> list[str]:
     from experiments.study.grid import resolve_study
 

@@ -93,10 +93,10 @@ def run_study(study: Study, note: Note) -> Path:
         rates = _select(study, folder, runner, note)
         left = _prune(study, folder, rates, runner, note)
         tasks = [make_task(study, *member, rates[member.cell], folder.runs) for member in left]
-        runner.train(tasks, "members")
+        ends = runner.train(tasks, "members").values()
         write_table(folder.path)
         note(describe(folder.path))
-        if study.config.figures:
+        if study.config.figures and not all(isinstance(end, Failed) for end in ends):
             _draw(folder.path, note)
     if runner.failures:
         raise UsageError(f"{len(runner.failures)} runs failed, the first: {runner.failures[0]}")

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from experiments.efficiency import crossing_tokens, excess_tokens, first_below_tokens
-from experiments.study_records import Run, Study, read_study
+from experiments.study_records import NoRuns, Run, Study, read_study
 from lens_jax.saved_run import short_count
 from models.atomic_files import write_bytes_atomic
 
@@ -57,19 +57,26 @@ def write_table(path: Path) -> Path:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table_rows(read_study(path)))
+    writer.writerows(_rows_of(path))
     write_bytes_atomic(path / "table.csv", text.getvalue().encode())
     return path / "table.csv"
 
 
+def _rows_of(path: Path) -> list[dict]:
+    """Rows of a study's folder, none while every run of it broke off before it began."""
+    try:
+        return table_rows(read_study(path))
+    except NoRuns:
+        return []
+
+
 def describe(path: Path) -> str:
     """The table in words for a terminal."""
-    study = read_study(path)
     lines = [
         f"{'rung':<12}{'tier':<6}{'batch':>6}{'seed':>5}{'lr x':>8}{'val loss':>10}{'tokens':>9}"
         f"{'to target':>11}{'excess':>8}  end"
     ]
-    for row in table_rows(study):
+    for row in _rows_of(path):
         crossing, excess = row.get("crossing_tokens"), row.get("excess")
         edge = " (lr at its edge)" if row["edge"] else ""
         lines.append(
