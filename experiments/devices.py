@@ -5,7 +5,10 @@ are split while parameters are replicated.
 """
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from typing import Any
 
 from models.command_line import UsageError
@@ -30,7 +33,7 @@ def auto_profile() -> tuple[str, str]:
 
     Without an accelerator plugin installed jax is not imported to find out.
     """
-    if not any(importlib.util.find_spec(name) for name in ACCELERATOR_PLUGINS):
+    if not _has_plugin():
         return "laptop", "no accelerator plugin is installed"
     import jax
 
@@ -42,6 +45,30 @@ def auto_profile() -> tuple[str, str]:
     if memory >= 0.7 * PAPER_BYTES:
         return "paper", f"{device.device_kind} offers {memory / 1e9:.0f} GB"
     return "laptop", f"{device.device_kind} offers {memory / 1e9:.0f} GB, the paper sizes want 40"
+
+
+def _has_plugin() -> bool:
+    return any(importlib.util.find_spec(name) for name in ACCELERATOR_PLUGINS)
+
+
+_LOOK = """import json, jax
+print(json.dumps([jax.default_backend(), jax.local_device_count()]))"""
+
+
+def look_from_outside() -> tuple[str, int]:
+    """Platform and number of this machine's devices, for a program whose children will use them.
+
+    Asked of a process of its own: one that has looked holds memory of every accelerator for as
+    long as it lives. Raises UsageError where jax cannot open them.
+    """
+    if not _has_plugin():
+        return "cpu", 1
+    asked = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True)
+    if asked.returncode:
+        said = (asked.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise UsageError(f"jax cannot open this machine's devices: {said}")
+    platform, count = json.loads(asked.stdout.splitlines()[-1])
+    return platform, count
 
 
 def split_cpu() -> None:

@@ -20,7 +20,7 @@ from experiments.study.folder import StudyFolder
 from experiments.study.grid import Member, Study, StudyConfig, resolve_study
 from experiments.study.halving import make_task, search
 from experiments.study.outcome import Outcome
-from experiments.study.pool import Failed, Stopped, Task, default_workers, run_tasks
+from experiments.study.pool import Failed, Stopped, Task, run_tasks, this_machine
 from experiments.study.table import describe, write_table
 from experiments.study_records import Cell
 from lens_jax.saved_run import short_count
@@ -34,8 +34,7 @@ class Runner:
 
     def __init__(self, study: Study, folder: StudyFolder, note: Note):
         self._study, self._folder, self._note = study, folder, note
-        given = study.config.workers
-        self._workers = default_workers() if given == "auto" else given
+        self._machine = this_machine(study.config.workers)
         self.failures: list[str] = []
 
     def train(self, tasks: list[Task], what: str) -> Mapping[str, Outcome | Failed]:
@@ -45,7 +44,7 @@ class Runner:
             self._submit([task for task in tasks if not task.is_done()], what)
         folder = self._folder
         for task, outcome in run_tasks(
-            tasks, self._workers, folder.logs, folder.compiled, self._note
+            tasks, self._machine, folder.logs, folder.compiled, self._note
         ):
             found[task.folder.name] = outcome
             self._note(f"{what} [{len(found)}/{len(tasks)}] {task.name}: {_words(outcome)}")

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from experiments.devices import look_from_outside
 from experiments.stops import Interrupt
 from experiments.study.outcome import Outcome, is_in_use, outcome_of
 
@@ -60,19 +61,40 @@ class Stopped(Exception):
         self.number = number
 
 
-def default_workers() -> int:
-    """One run a core on a CPU, one a device else."""
-    from experiments.devices import auto_profile
+class Machine(NamedTuple):
+    """What runs share here: cores by number, and GPUs by what CUDA_VISIBLE_DEVICES calls them."""
 
-    if auto_profile()[1].startswith("no accelerator"):
-        return len(_cores())
-    import jax
+    cores: list[int]
+    gpus: list[str]
+    workers: int
 
-    return jax.local_device_count()
+    def share(self, index: int, count: int) -> "Machine":
+        """The part of one of `count` runs side by side; the last ones share where there are few."""
+        cores, gpus = (
+            own[index::count] or own[index % len(own) :][:1] if own else []
+            for own in (self.cores, self.gpus)
+        )
+        return Machine(cores, gpus, 1)
+
+
+def this_machine(workers: int | Literal["auto"] = "auto") -> Machine:
+    """Looks where the study runs. auto: one run a core on a CPU, one a GPU; else one run."""
+    platform, count = look_from_outside()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",")[:count] if named else [str(i) for i in range(count)]
+    if platform != "gpu":
+        gpus = []
+    if workers == "auto":
+        workers = {"cpu": len(_cores()), "gpu": count}.get(platform, 1)
+    return Machine(_cores(), gpus, workers)
 
 
 def run_tasks(
-    tasks: Sequence[Task], workers: int, logs: Path, compiled: Path, note: Callable[[str], None]
+    tasks: Sequence[Task],
+    machine: Machine,
+    logs: Path,
+    compiled: Path,
+    note: Callable[[str], None],
 ) -> Iterator[tuple[Task, Outcome | Failed]]:
     """Trains what is left of all tasks and yields each as it is done; raises Stopped on a signal.
 
@@ -88,9 +110,10 @@ def run_tasks(
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         signals = stack.enter_context(Interrupt())
+        count = min(machine.workers, len(waiting))
         slots = [
-            stack.enter_context(_Slot(i, min(workers, len(waiting)), logs, compiled))
-            for i in range(min(workers, len(waiting)))
+            stack.enter_context(_Slot(machine.share(i, count), count == 1, logs, compiled))
+            for i in range(count)
         ]
         told = time.monotonic()
         while waiting or any(slot.task for slot in slots):
@@ -128,13 +151,11 @@ def _cores() -> list[int]:
 
 
 class _Slot:
-    """A share of the machine, and the run that has it now."""
+    """A share of the machine, and the run that has it now; alone: the share is all of it."""
 
-    def __init__(self, index: int, count: int, logs: Path, compiled: Path):
-        cores = _cores()
-        self._cores = cores[index::count] or cores
-        self._index, self._count, self._logs = index, count, logs
-        self._compiled = compiled
+    def __init__(self, share: Machine, alone: bool, logs: Path, compiled: Path):
+        self._share, self._alone = share, alone
+        self._logs, self._compiled = logs, compiled
         self._process: subprocess.Popen | None = None
         self.task: Task | None = None
 
@@ -180,17 +201,18 @@ class _Slot:
         return self._logs / f"{task.folder.name}.log"
 
     def _environment(self) -> dict[str, str]:
-        own = {"JAX_COMPILATION_CACHE_DIR": str(self._compiled.absolute())}
-        if self._count > 1:
-            # a device a core serves one run a machine; side by side, a run has its own core
-            own["JAX_NUM_CPU_DEVICES"] = "1"
-            own["CUDA_VISIBLE_DEVICES"] = str(self._index)
-        return own | os.environ
+        given = {"JAX_COMPILATION_CACHE_DIR": str(self._compiled.absolute())}
+        if self._alone:
+            return given | os.environ
+        # a device a core serves one run a machine; side by side, a run has its own core
+        given["JAX_NUM_CPU_DEVICES"] = "1"
+        gpus = self._share.gpus
+        return given | os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
     def _begin(self) -> None:
         """In the child, before the program: its cores, and the signal at its parent's end."""
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, self._cores)
+            os.sched_setaffinity(0, self._share.cores)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
