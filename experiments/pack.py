@@ -6,6 +6,7 @@ Of every chosen run: its configuration, its result, all validations, at most `ro
 and of each measured step the spectra of the layers whose gradients were measured, in float32; error
 bars (spectra with a group of windows left out) and centred gradients of the last layer only. Of the
 trials that were not chosen: metrics. No weights, no eigenvectors. What is there is replaced.
+A study goes on from a pack: what has ended is not repeated, the other members begin again.
 """
 
 import shutil

@@ -6,7 +6,7 @@ how much worse the best member left is than the true best. Source: protocol spec
 """
 
 from collections.abc import Mapping, Sequence
-from math import comb, inf, isfinite, log, nan
+from math import comb, inf, isfinite, isnan, log, nan
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ def select_survivors(scores: Mapping[str, float], keep: int) -> set[str]:
 
     def place(name: str) -> tuple:
         score = scores[name]
-        return (-score if isfinite(score) else inf, name)
+        return (inf if isnan(score) else -score, name)
 
     return set(sorted(scores, key=place)[:keep])
 

@@ -59,7 +59,7 @@ def at_tokens(
 ) -> Match | None:
     """Returns the row nearest in ln(tokens); None if it is off by more than `tolerance` there.
 
-    A run that had ended before has no such row, so its endpoint is never taken for an early value.
+    A run that had ended well before has no such row: its endpoint is no early value.
     """
     positive = [row for row in rows if row.tokens > 0]
     return _nearest(positive, lambda row: log(row.tokens / tokens), tolerance)

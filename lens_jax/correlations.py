@@ -159,11 +159,12 @@ def max_over_looks_p(looks, y, *, draws: int = DRAWS, seed: int = 0) -> Permutat
     orders, exact = _orders(y.shape[1], draws, seed)  # the first one is the observed
     best = np.full(len(orders), np.nan)
     for look in range(looks.shape[1]):
-        best = np.fmax(best, np.abs(_mean_rho(looks[:, look], y, orders)))
+        rho = _mean_rho(looks[:, look], y, orders)
+        best = np.fmax(best, np.abs(rho))
     if not np.isfinite(best[0]):
         return UNDEFINED
     p = float(np.mean(np.nan_to_num(best) >= best[0] - _SAME))
-    signed = _mean_rho(looks[:, 0], y, orders[:1])[0] if looks.shape[1] == 1 else best[0]
+    signed = rho[0] if looks.shape[1] == 1 else best[0]
     return PermutationTest(float(signed), p, len(orders) - (not exact), exact)
 
 

@@ -24,6 +24,7 @@ def test_the_best_survive_and_those_without_a_score_do_not():
     scores = {"a": 1.0, "b": 3.0, "c": float("nan"), "d": 2.0}
     assert select_survivors(scores, 2) == {"b", "d"}
     assert select_survivors(scores, 4) == set(scores)
+    assert select_survivors(scores | {"e": float("inf")}, 1) == {"e"}
     with pytest.raises(ValueError, match="keep=0"):
         select_survivors(scores, 0)
 
@@ -42,10 +43,10 @@ def test_no_survivor_is_beaten_by_one_that_is_given_up(scores, keep):
     kept = select_survivors(scores, keep)
     assert len(kept) == min(keep, len(scores))
     gone = [scores[own] for own in scores.keys() - kept]
-    worst = min((scores[own] for own in kept if np.isfinite(scores[own])), default=-np.inf)
-    assert all(own <= worst for own in gone if np.isfinite(own))
-    if not all(np.isfinite(scores[own]) for own in kept):
-        assert not np.any(np.isfinite(gone))
+    worst = min((scores[own] for own in kept if not np.isnan(scores[own])), default=-np.inf)
+    assert all(own <= worst for own in gone if not np.isnan(own))
+    if any(np.isnan(scores[own]) for own in kept):
+        assert np.all(np.isnan(gone))
 
 
 def test_a_rule_that_is_none_is_named(study):

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from experiments.study.grid import resolve_study
-from experiments.study.slurm import SlurmConfig, batch_script, submit
+from experiments.study.pool import Task
+from experiments.study.slurm import SlurmConfig, batch_script, broken_off, submit
 from experiments.study.slurm_task import main, task_words
 from models.command_line import UsageError
 
-TASKS = [["rung=muon", "out=a b"], ["rung=untied", "data=x'y", "out=$HOME"]]
+TASKS = [
+    Task("one", {"rung": "muon"}, Path("a b")),
+    Task("other", {"rung": "untied", "data": "x'y"}, Path("$HOME"), until=64),
+]
+WORDS = [["rung=muon", "out=a b"], ["rung=untied", "data=x'y", "out=$HOME", "pause_tokens=64"]]
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def test_an_array_is_submitted_with_its_list(path, tmp_path):
     assert not any("account" in line for line in lines)
     assert lines[-1].startswith("exec srun ")
     tasks = (study / "slurm" / "tasks_0.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in tasks] == TASKS
+    assert [json.loads(line) for line in tasks] == WORDS
     assert json.loads((study / "slurm" / "submitted.json").read_text())["job"] == "417"
 
 
@@ -74,7 +79,7 @@ def test_the_script_runs_the_words_as_they_are(path, tmp_path):
         assert submit(TASKS, tmp_path / "study", SlurmConfig()) == "5"
     finally:
         os.chdir(here)
-    for number, words in enumerate(TASKS):
+    for number, words in enumerate(WORDS):
         assert json.loads((tmp_path / f"out_{number}").read_text()) == words
 
 
@@ -87,6 +92,24 @@ def test_nothing_is_submitted_while_an_array_is_queued(path, tmp_path):
     command(path, "squeue", "echo 'Invalid job id specified' >&2; exit 1")
     assert submit(TASKS, tmp_path, SlurmConfig()) == "8"
     assert len(list((tmp_path / "slurm").glob("array_*.sh"))) == 2
+
+
+def test_a_task_that_an_array_did_not_move_is_told_of_once(path, tmp_path):
+    command(path, "sbatch", "echo 9")
+    command(path, "squeue", "exit 1")
+    folders = [tmp_path / name for name in ("still", "moved")]
+    tasks = [Task(folder.name, {}, folder) for folder in folders]
+    assert broken_off(tasks, tmp_path) == {}
+    submit(tasks, tmp_path, SlurmConfig())
+    (tmp_path / "slurm" / "9_0.log").write_text("starting\nerror: out of memory\n")
+    (folders[1] / "checkpoints" / "3").mkdir(parents=True)
+    row = {"kind": "val", "step": 3, "tokens": 96, "loss": 4.0}
+    (folders[1] / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    found = broken_off(tasks, tmp_path)
+    assert {name: failed.error for name, failed in found.items()} == {
+        "still": "error: out of memory"
+    }
+    assert broken_off(tasks, tmp_path) == {}
 
 
 def test_a_machine_without_slurm_and_a_refusal_end_in_one_line(path, tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from tiny_runs import ROOT, TOKENS_PER_STEP, WORDS, assert_same_run, make_data
 
+from experiments.pack import pack
+from experiments.pruning import early_scores
 from experiments.study.outcome import is_in_use, outcome_of
 from experiments.study.pool import Task
 from experiments.study_records import read_study
@@ -123,6 +125,20 @@ def test_a_finished_study_trains_nothing_again(unbroken, data, cache):
     assert {path: path.stat().st_mtime_ns for path in (unbroken / "runs").rglob("*")} == changed
 
 
+def test_a_study_goes_on_from_its_pack(unbroken, data, cache, tmp_path):
+    out, whole = tmp_path / "pack", read_study(unbroken)
+    pack(whole, out, rows=200)
+    *ended, open_one = whole.chosen
+    (out / "runs" / open_one.name / "result.json").unlink()
+    results = [out / "runs" / run_.name / "result.json" for run_ in ended]
+    written = [path.stat().st_mtime_ns for path in results]
+    code, said = run(words_of(data, out=out), cache)
+    assert code == 0, said
+    assert_same_run(out / "runs" / open_one.name, open_one.path)
+    assert [path.stat().st_mtime_ns for path in results] == written
+    assert [run_.name for run_ in read_study(out).runs] == [run_.name for run_ in whole.runs]
+
+
 def test_a_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, data, cache, tmp_path):
     moments = np.random.default_rng()
     words = words_of(data, out=tmp_path / "killed")
@@ -209,6 +225,20 @@ def test_another_study_is_refused_and_more_members_are_not(unbroken, data, cache
     assert "belongs to another study" in out
 
 
+def test_members_are_pruned_by_the_spectrum_at_the_early_tokens(data, cache, tmp_path):
+    folder = tmp_path / "pruned"
+    words = words_of(data, out=folder, lr=1.0, more="", prune="alpha", keep=1, window="90,400")
+    code, out = run(words, cache)
+    assert code == 0, out
+    study = read_study(folder)
+    (decision,) = json.loads((folder / "pruned.json").read_text()).values()
+    assert len(decision["kept"]) == 1
+    (score,) = decision["given_up"].values()
+    scores = early_scores(study.chosen, "alpha", 1024, (90, 400))
+    assert np.isfinite(list(scores.values())).all()
+    assert score == min(scores.values())
+
+
 def test_a_search_is_pruned_at_the_early_tokens(data, cache, tmp_path):
     folder = tmp_path / "pruned"
     words = words_of(data, out=folder, lr=1.0, more="", batches="1,2,4", prune="loss", keep=1)
@@ -222,6 +252,25 @@ def test_a_search_is_pruned_at_the_early_tokens(data, cache, tmp_path):
     assert ended == decision["kept"]
     early = {run_.name: run_.val["loss"][run_.val["tokens"] <= 1024][-1] for run_ in study.chosen}
     assert min(early, key=early.get) == decision["kept"][0]
+
+
+def test_where_a_run_stood_at_its_pause_whatever_became_of_it(tmp_path):
+    rows = [
+        {"kind": "val", "step": step, "tokens": 100 * step, "loss": 6.0 - step} for step in range(5)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert outcome_of(tmp_path, until=150).reason == "new"  # no checkpoint to go on from
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert outcome_of(tmp_path, until=150) == ("paused", 200, 4.0)
+    assert outcome_of(tmp_path, until=350) == ("paused", 300, 3.0)
+    (tmp_path / "nonfinite.json").write_text(json.dumps({"step": 4, "tokens": 450}))
+    assert outcome_of(tmp_path, until=150) == ("paused", 200, 4.0)
+    assert outcome_of(tmp_path, until=500).reason == "diverged"
+    (tmp_path / "nonfinite.json").unlink()
+    result = {"reason": "target", "tokens": 200, "val_loss": 4.0}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert outcome_of(tmp_path, until=150).reason == "target"
+    assert outcome_of(tmp_path, until=100) == ("paused", 100, 5.0)
 
 
 def test_where_a_run_stands(tmp_path):

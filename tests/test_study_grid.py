@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.study.grid import parse_member, resolve_study
-from experiments.study.halving import Trial, _outside, rank_key, survivors
+from experiments.study.halving import Trial, _outside, _select, rank_key, search, survivors
 from experiments.study.outcome import Outcome
+from experiments.study.pool import Failed
 from experiments.study.presets import PRESETS
 from experiments.study.rates import transferred
 from experiments.study_records import Cell
@@ -163,6 +164,48 @@ def test_an_edge_asks_for_the_next_rate_and_the_middle_for_none():
     assert _outside(by_loss(5.0, 4.0, 3.0)) == 8.0
     assert _outside(by_loss(3.0, 4.0, 5.0)) == 0.5
     assert _outside(by_loss(4.0, 3.0, 5.0)) is None
+
+
+def test_a_diverged_trial_is_not_chosen_beside_a_finite_one_that_came_less_far():
+    trials = (
+        trial(1.0, tokens=50, val_loss=5.2),
+        trial(2.0, "diverged", tokens=90, val_loss=float("inf")),
+        trial(4.0, "diverged", tokens=70, val_loss=float("inf")),
+    )
+    assert _select({own.lr_scale: own for own in trials}).lr_scale == 1.0
+    assert _select({own.lr_scale: own for own in trials[1:]}).lr_scale == 2.0
+
+
+def test_a_cell_with_a_broken_trial_waits_and_the_others_are_decided(tmp_path):
+    study = resolve_study(["rungs=untied", "batches=4,8", "more="])
+    four, eight = study.cells
+    tried = []
+
+    def train(tasks, what):
+        tried.extend((task.words["batch"], task.until) for task in tasks)
+        losses = {task.folder.name: float(task.words["optim.lr_scale"]) for task in tasks}
+        ends = {name: Outcome("paused", 65536, loss) for name, loss in losses.items()}
+        if what == "rung 1":
+            broken = next(task for task in tasks if task.words["batch"] == "8")
+            ends[broken.folder.name] = Failed("exit code 1: disk full")
+        return ends
+
+    found = search(study, [four, eight], tmp_path, train)
+    assert list(found) == [four]
+    assert len(found[four].trials) == 5  # three, and two more below since the least is best
+    assert tried.count(("8", 65536)) == 3
+
+
+def test_rungs_whose_targets_differ_are_refused():
+    with pytest.raises(UsageError, match=r"betterwin 3\.3.*flexwin 3\.2|flexwin 3\.2.*3\.3"):
+        resolve_study(["preset=M1", "rungs=flexwin,betterwin", "more=", "target_loss=published"])
+    assert resolve_study(["preset=M1"]).target_loss == 3.3
+
+
+def test_a_rate_is_the_same_in_words_and_records():
+    study = resolve_study(["rungs=untied", "batches=4", "lr=0.333333333333"])
+    (rate,) = study.candidates(study.cells[0])
+    assert float(study.run_words(study.cells[0], 0, rate)["optim.lr_scale"]) == rate
 
 
 def test_the_command_names_each_folder_and_pause(tmp_path):

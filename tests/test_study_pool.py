@@ -1,5 +1,7 @@
 """How runs of a study share a machine."""
 
+import os
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -61,6 +63,29 @@ def test_devices_are_asked_of_another_process(monkeypatch):
     assert asked(monkeypatch, returncode=0, stdout='a note\n["gpu", 8]\n') == ("gpu", 8)
     with pytest.raises(UsageError, match="cannot open this machine's devices: no driver"):
         asked(monkeypatch, returncode=1, stderr="Traceback\nno driver\n")
+
+
+def test_what_a_run_said_last_is_of_this_time_and_its_error_first(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("error: disk full\n")
+    start = log.stat().st_size
+    assert pool.last_line(log, start) == ""
+    with open(log, "a") as file:
+        file.write("step 1\nerror: out of memory\nleaving\n\n")
+    assert pool.last_line(log, start) == "error: out of memory"
+    assert pool.last_line(tmp_path / "none") == ""
+
+
+def test_a_signal_that_comes_with_the_last_outcome_stops_the_study(tmp_path):
+    task = pool.Task("bad", {"rung": "none"}, tmp_path / "run")
+    machine = Machine(pool._cores(), [], 1)
+    ends = pool.run_tasks([task], machine, tmp_path / "logs", tmp_path / "compiled", print)
+    _, outcome = next(ends)
+    assert isinstance(outcome, pool.Failed)
+    assert "rung=none" in outcome.error
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(pool.Stopped, match="SIGTERM"):
+        next(ends)
 
 
 def test_without_a_plugin_no_process_is_asked(monkeypatch):

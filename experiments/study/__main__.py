@@ -35,38 +35,39 @@ class Runner:
     def __init__(self, study: Study, folder: StudyFolder, note: Note):
         self._study, self._folder, self._note = study, folder, note
         self._machine = this_machine(study.config.workers)
-        self.failures: list[str] = []
+        self.failures: dict[str, str] = {}  # by folder, of the last time it was tried
 
     def train(self, tasks: list[Task], what: str) -> Mapping[str, Outcome | Failed]:
         """Trains what is left of the tasks; outcomes by the names of their folders."""
-        found = {}
+        found, folder = {}, self._folder
         if self._study.config.launcher == "slurm":
-            self._submit([task for task in tasks if not task.is_done()], what)
-        folder = self._folder
-        for task, outcome in run_tasks(
-            tasks, self._machine, folder.logs, folder.compiled, self._note
-        ):
+            ends = self._through_slurm(tasks, what)
+        else:
+            ends = run_tasks(tasks, self._machine, folder.logs, folder.compiled, self._note)
+        for task, outcome in ends:
             found[task.folder.name] = outcome
             self._note(f"{what} [{len(found)}/{len(tasks)}] {task.name}: {_words(outcome)}")
+            self.failures.pop(task.folder.name, None)
             if isinstance(outcome, Failed):
-                self.failures.append(f"{task.folder}: {outcome.error}")
+                self.failures[task.folder.name] = f"{task.folder}: {outcome.error}"
             if (folder.path / "selected.json").exists():
                 write_table(folder.path)
         return found
 
-    def _submit(self, tasks: list[Task], what: str) -> None:
-        """Leaves the tasks to Slurm, and the study until they are done."""
-        if not tasks:
-            return
-        from experiments.study.slurm import submit
+    def _through_slurm(self, tasks: list[Task], what: str) -> list[tuple[Task, Outcome | Failed]]:
+        """Outcomes of tasks that Slurm has had; raises Submitted where some are Slurm's now."""
+        from experiments.study.slurm import broken_off, submit
 
-        job = submit(
-            [task.command() for task in tasks], self._folder.path, self._study.config.slurm
-        )
-        raise Submitted(
-            f"{what}: {len(tasks)} runs submitted as Slurm job {job}; the same command goes on "
-            f"when they have ended"
-        )
+        left = [task for task in tasks if not task.is_done()]
+        failed = broken_off(left, self._folder.path)
+        left = [task for task in left if task.folder.name not in failed]
+        if left:
+            job = submit(left, self._folder.path, self._study.config.slurm)
+            raise Submitted(
+                f"{what}: {len(left)} runs submitted as Slurm job {job}; the same command goes on "
+                f"when they have ended"
+            )
+        return [(task, failed.get(task.folder.name) or task.outcome()) for task in tasks]
 
 
 class Submitted(Exception):
@@ -92,13 +93,16 @@ def run_study(study: Study, note: Note) -> Path:
         rates = _select(study, folder, runner, note)
         left = _prune(study, folder, rates, runner, note)
         tasks = [make_task(study, *member, rates[member.cell], folder.runs) for member in left]
+        for cell in [cell for cell in study.cells if cell not in rates]:
+            note(f"{cell.name}: no rate yet, since a trial broke off; its members wait")
         ends = runner.train(tasks, "members").values()
         write_table(folder.path)
         note(describe(folder.path))
         if study.config.figures and not all(isinstance(end, Failed) for end in ends):
             _draw(folder.path, note)
     if runner.failures:
-        raise UsageError(f"{len(runner.failures)} runs failed, the first: {runner.failures[0]}")
+        first = next(iter(runner.failures.values()))
+        raise UsageError(f"{len(runner.failures)} runs failed, the first: {first}")
     return folder.path
 
 
@@ -128,20 +132,26 @@ def _prune(
 ) -> list[Member]:
     """The members that train to the end; the others are given up at the early tokens, if any."""
     config = study.config
+    members = [member for member in study.members if member.cell in rates]
     if config.prune == "none":
-        return study.members
-    early = [
-        make_task(study, *member, rates[member.cell], folder.runs, config.early_tokens)
-        for member in study.members
-    ]
-    runner.train(early, "to the early tokens")
-    names = {task.folder.name: member for task, member in zip(early, study.members, strict=True)}
-    from experiments.study.pruning import members_to_give_up
+        return members
+    from experiments.study.pruning import early_pause, judged_now, members_to_give_up
 
-    given_up = members_to_give_up(folder, config, names)
+    names, early = {}, []
+    for member in members:
+        run = study.run_config(*member, rates[member.cell])
+        until = early_pause(run, config.prune, config.early_tokens)
+        early.append(make_task(study, *member, rates[member.cell], folder.runs, until))
+        names[early[-1].folder.name] = member
+    ends = runner.train(early, "to the early tokens")
+    failed = [name for name, end in ends.items() if isinstance(end, Failed)]
+    judged, waiting = judged_now(names, failed)
+    for member in waiting:
+        note(f"{member.name}: waits, since a run of its family broke off before it was judged")
+    given_up = members_to_give_up(folder, config, judged)
     for member in given_up:
         note(f"{member.name}: given up by prune={config.prune}")
-    return [member for member in study.members if member not in given_up]
+    return [member for member in judged.values() if member not in given_up]
 
 
 def _draw(path: Path, note: Note) -> None:

@@ -23,7 +23,7 @@ class StudyFolder(ClaimedFolder):
         own = {key: v for key, v in flatten(study.config).items() if not key.startswith("slurm.")}
         document = own | {
             "words": dict(sorted(study.words.items())),
-            "target_loss": study.target(study.cells[0]),
+            "target_loss": study.target_loss,
         }
         super().__init__(Path(study.out).expanduser(), document, FREE, own=("runs",))
         self.runs, self.logs = self.path / "runs", self.path / "logs"

@@ -15,7 +15,7 @@ import chz
 from experiments.config import RunConfig
 from experiments.resolve import own_words, resolve_here, run_name
 from experiments.study.presets import PRESETS
-from experiments.study.rates import transferred
+from experiments.study.rates import rounded, transferred
 from experiments.study.slurm import SlurmConfig
 from experiments.study_records import Cell
 from models.command_line import Layer, UsageError, build, check_path
@@ -196,10 +196,10 @@ class Study:
         """Multipliers to try for a cell, ascending; one where there is nothing to search."""
         config = self.config
         if config.lr != "search":
-            return [1.0 if config.lr == "published" else config.lr]
+            return [1.0 if config.lr == "published" else rounded(config.lr)]
         base = _parse_bases(config.lr_base).get(cell.rung, 1.0)
         found = transferred(cell.rung, cell.batch, config.transfer, config.factors)
-        return [round(base * multiplier, 6) for multiplier in found]
+        return [rounded(round(base * multiplier, 6)) for multiplier in found]
 
     def run_words(self, cell: Cell, seed: int, lr_scale: float) -> dict[str, str]:
         """The words of `experiments.train` for a run, without out= and pause_tokens=."""
@@ -222,6 +222,18 @@ class Study:
         """The validation loss at which the runs of a cell end."""
         return self.run_config(cell, 0, 1.0).target_loss
 
+    @property
+    def target_loss(self) -> float | None:
+        """The validation loss at which all runs end. Raises UsageError where they differ."""
+        found = {cell.rung: self.target(cell) for cell in self.cells}
+        if len(set(found.values())) > 1:
+            said = ", ".join(f"{rung} {target}" for rung, target in found.items())
+            raise UsageError(
+                f"target_loss={self.words.get('target_loss', 'published')}: it is not the same for "
+                f"all rungs ({said}), and tokens to it would not compare; give one number"
+            )
+        return next(iter(found.values()))
+
     def run_name(self, cell: Cell, seed: int, lr_scale: float) -> str:
         """The name of a run's folder: it has the hash of everything that decides the run."""
         return run_name(self.run_config(cell, seed, lr_scale))
@@ -241,4 +253,5 @@ def resolve_study(argv: list[str]) -> Study:
         raise UsageError(preset.elsewhere or "the study has no members; give rungs=")
     for cell in study.cells:  # a mistake in any of them is answered before the first one trains
         study.run_config(cell, 0, study.candidates(cell)[0])
+    _ = study.target_loss
     return study

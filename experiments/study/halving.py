@@ -15,8 +15,8 @@ from experiments.efficiency import crossing_tokens
 from experiments.study.grid import Study
 from experiments.study.outcome import Outcome
 from experiments.study.pool import Failed, Task
+from experiments.study.rates import rounded
 from experiments.study_records import Cell, read_run
-from models.command_line import UsageError
 
 Train = Callable[[list[Task], str], Mapping[str, Outcome | Failed]]
 
@@ -55,26 +55,35 @@ class Selection(NamedTuple):
 
 
 def search(study: Study, cells: list[Cell], runs: Path, train: Train) -> dict[Cell, Selection]:
-    """Selections of all cells; raises UsageError where every trial of a cell broke off.
+    """Selections of the cells all of whose trials have trained.
 
-    train(tasks, what) trains tasks and returns outcomes by folder name. runs: where folders lie.
+    A cell of which a trial broke off has none, lest a full disk decide its rate: the others go on,
+    and it is taken up when the study is begun again. train(tasks, what) trains tasks and returns
+    outcomes by folder name. runs: where folders lie.
     """
     trials: dict[Cell, dict[float, Trial]] = {cell: {} for cell in cells}
     alive = {cell: study.candidates(cell) for cell in cells}
+
+    def advance(going: dict[Cell, list[float]], tokens: int, what: str) -> dict[Cell, list[float]]:
+        broken = _train(study, going, tokens, runs, train, trials, what)
+        for cell in broken:
+            del alive[cell]
+        return {cell: rates for cell, rates in going.items() if cell not in broken}
+
     for number, tokens in enumerate(study.config.rung_tokens, start=1):
         going = {cell: rates for cell, rates in alive.items() if len(rates) > 1 or number == 1}
-        _train(study, going, tokens, runs, train, trials, f"rung {number}")
+        going = advance(going, tokens, f"rung {number}")
         for _ in range(study.config.beyond if number == 1 else 0):
             outside = {cell: _outside(trials[cell]) for cell in going}
             more = {cell: [rate] for cell, rate in outside.items() if rate is not None}
             if not more:
                 break
-            _train(study, more, tokens, runs, train, trials, "beyond the grid")
-            for cell, rates in more.items():
+            for cell, rates in advance(more, tokens, "beyond the grid").items():
                 alive[cell] = sorted({*alive[cell], *rates})
+            going = {cell: rates for cell, rates in going.items() if cell in alive}
         for cell in going:
             alive[cell] = survivors([trials[cell][rate] for rate in alive[cell]], study.config.eta)
-    return {cell: _select(trials[cell]) for cell in cells}
+    return {cell: _select(trials[cell]) for cell in alive}
 
 
 def rank_key(trial: Trial) -> tuple:
@@ -94,8 +103,10 @@ def survivors(trials: list[Trial], eta: int) -> list[float]:
 
 def _select(trials: Mapping[float, Trial]) -> Selection:
     # Only trials that came as far as any are compared: a loss after fewer tokens is no worse one.
-    farthest = max(_reach(trial) for trial in trials.values())
-    fair = [trial for trial in trials.values() if _reach(trial) >= farthest]
+    everyone = list(trials.values())
+    finite = [trial for trial in everyone if trial.outcome.reason != "diverged"] or everyone
+    farthest = max(_reach(trial) for trial in finite)
+    fair = [trial for trial in finite if _reach(trial) >= farthest]
     best = min(fair, key=rank_key).lr_scale
     return Selection(best, best in (min(trials), max(trials)), tuple(trials.values()))
 
@@ -108,11 +119,14 @@ def _outside(trials: Mapping[float, Trial]) -> float | None:
     """The rate beyond the end that the best one lies at, None if it lies inside."""
     best = min(trials.values(), key=rank_key).lr_scale
     if best == max(trials):
-        return round(2 * best, 6)
-    return round(best / 2, 6) if best == min(trials) else None
+        return rounded(round(2 * best, 6))
+    return rounded(round(best / 2, 6)) if best == min(trials) else None
 
 
-def _train(study: Study, going, tokens: int, runs: Path, train: Train, trials, what: str) -> None:
+def _train(
+    study: Study, going, tokens: int, runs: Path, train: Train, trials, what: str
+) -> set[Cell]:
+    """Trains trials up to a rung and puts them in their places; returns the cells that broke."""
     of_name, tasks = {}, []
     # One trial of every cell, then the next of every cell: side by side, two of a cell would
     # compile the same program twice instead of one for the other.
@@ -121,14 +135,17 @@ def _train(study: Study, going, tokens: int, runs: Path, train: Train, trials, w
             task = make_task(study, cell, study.config.search_seed, rate, runs, tokens)
             of_name[task.folder.name] = cell, rate
             tasks.append(task)
+    broken = set()
     for name, outcome in train(tasks, what).items():
         cell, rate = of_name[name]
         if isinstance(outcome, Failed):
-            raise UsageError(f"the search broke off at {runs / name}: {outcome.error}")
+            broken.add(cell)
+            continue
         crossing = float("nan")
         if outcome.reason == "target":
             crossing = crossing_tokens(read_run(runs / name), study.target(cell))
         trials[cell][rate] = Trial(rate, name, outcome, crossing)
+    return broken
 
 
 def make_task(

@@ -16,7 +16,7 @@ class Outcome(NamedTuple):
     """reason: target, budget or diverged for a run that has ended, else paused, or new.
 
     tokens: those of which everything is on disk. val_loss: of the last validation at or before
-    them, NaN without one; crossing: whether it lies below the target.
+    them, NaN without one.
     """
 
     reason: str
@@ -31,24 +31,34 @@ class Outcome(NamedTuple):
 NEW = Outcome("new", 0, float("nan"))
 
 
-def outcome_of(folder: Path) -> Outcome:
-    """Reads where a run stands; raises UsageError naming a damaged file."""
+def outcome_of(folder: Path, until: int | None = None) -> Outcome:
+    """Reads where a run stands; raises UsageError naming a damaged file.
+
+    until: where it stood when it paused at so many tokens, if it has gone beyond that since.
+    """
+    end = _end(folder)
+    saved = float("inf") if end else _saved_step(folder)
+    rows = []
+    if saved and (folder / "metrics.jsonl").exists():
+        found = read_metrics(folder / "metrics.jsonl")
+        rows = [row for row in found if row["kind"] == "val" and row["step"] <= saved]
+    if until is not None:
+        pauses = [row for row in rows if row["tokens"] >= until]
+        if pauses and not (end and end.tokens <= pauses[0]["tokens"]):
+            return Outcome("paused", pauses[0]["tokens"], pauses[0]["loss"])
+    if end:
+        return end
+    return Outcome("paused", rows[-1]["tokens"], rows[-1]["loss"]) if rows else NEW
+
+
+def _end(folder: Path) -> Outcome | None:
     if (folder / "result.json").exists():
         result = read_kept(folder / "result.json", MEND)
         return Outcome(result["reason"], result["tokens"], result["val_loss"])
     if (folder / "nonfinite.json").exists():
-        return Outcome(
-            "diverged", read_kept(folder / "nonfinite.json", MEND)["tokens"], float("inf")
-        )
-    saved = _saved_step(folder)
-    if not saved or not (folder / "metrics.jsonl").exists():
-        return NEW
-    rows = [
-        row
-        for row in read_metrics(folder / "metrics.jsonl")
-        if row["kind"] == "val" and row["step"] <= saved
-    ]
-    return Outcome("paused", rows[-1]["tokens"], rows[-1]["loss"]) if rows else NEW
+        broken = read_kept(folder / "nonfinite.json", MEND)
+        return Outcome("diverged", broken["tokens"], float("inf"))
+    return None
 
 
 def is_in_use(folder: Path) -> bool:

@@ -39,7 +39,8 @@ class Task(NamedTuple):
         return words if self.until is None else [*words, f"pause_tokens={self.until}"]
 
     def outcome(self) -> Outcome:
-        return outcome_of(self.folder)
+        """Where it stands, at its pause if it has one and went beyond it."""
+        return outcome_of(self.folder, self.until)
 
     def is_done(self) -> bool:
         """Whether nothing is left of it to train."""
@@ -110,17 +111,14 @@ def run_tasks(
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         signals = stack.enter_context(Interrupt())
-        count = min(machine.workers, len(waiting))
+        # as many however few tasks are left: how many devices a run has decides its last bits
         slots = [
-            stack.enter_context(_Slot(machine.share(i, count), count == 1, logs, compiled))
-            for i in range(count)
+            stack.enter_context(_Slot(machine, i, logs, compiled)) for i in range(machine.workers)
         ]
         told = time.monotonic()
         while waiting or any(slot.task for slot in slots):
             if signals.received:
-                for slot in slots:
-                    slot.stop()
-                raise Stopped(signals.received)
+                break
             for slot in slots:
                 done = slot.collect()
                 if done is not None:
@@ -133,6 +131,12 @@ def run_tasks(
                     if slot.task is not None:
                         note(f"... {slot.describe()}")
             time.sleep(POLL_SECONDS)
+        if signals.received:  # also one that came while the last outcome was dealt with
+            for slot in slots:
+                slot.tell()
+            for slot in slots:
+                slot.stop()
+            raise Stopped(signals.received)
 
 
 def _take(waiting: list[Task]) -> Task | None:
@@ -151,11 +155,13 @@ def _cores() -> list[int]:
 
 
 class _Slot:
-    """A share of the machine, and the run that has it now; alone: the share is all of it."""
+    """A share of the machine, and the run that has it now."""
 
-    def __init__(self, share: Machine, alone: bool, logs: Path, compiled: Path):
-        self._share, self._alone = share, alone
+    def __init__(self, machine: Machine, index: int, logs: Path, compiled: Path):
+        self._share = machine.share(index, machine.workers)
+        self._alone = machine.workers == 1
         self._logs, self._compiled = logs, compiled
+        self._log_start = 0  # of what the run that has it now has printed
         self._process: subprocess.Popen | None = None
         self.task: Task | None = None
 
@@ -168,6 +174,7 @@ class _Slot:
     def start(self, task: Task) -> None:
         self.task = task
         with open(self._log(task), "ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.train", *task.command()],
                 stdin=subprocess.DEVNULL,
@@ -186,16 +193,22 @@ class _Slot:
         self.task = self._process = None
         if task.is_done():  # a run that diverged says so in its folder, and by its exit code
             return task, task.outcome()
-        return task, Failed(f"exit code {code}: {_last_line(self._log(task))}")
+        return task, Failed(f"exit code {code}: {last_line(self._log(task), self._log_start)}")
+
+    def tell(self) -> None:
+        """Tells the run to save and leave."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
 
     def stop(self) -> None:
         """Lets the run save and leave, and waits for it."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        self.tell()
+        if self._process is not None:
             self._process.wait()
 
     def describe(self) -> str:
-        return f"{self.task.name}: {_last_line(self._log(self.task)) or self.task.outcome().reason}"
+        said = last_line(self._log(self.task), self._log_start)
+        return f"{self.task.name}: {said or self.task.outcome().reason}"
 
     def _log(self, task: Task) -> Path:
         return self._logs / f"{task.folder.name}.log"
@@ -217,11 +230,12 @@ class _Slot:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path, start: int = 0) -> str:
+    """What a run said last in its log, from a place on: its error, if there is one."""
     try:
         with open(log, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
+            file.seek(max(start, file.tell() - 4096))
             lines = file.read().decode("utf-8", "replace").split("\n")
     except FileNotFoundError:
         return ""

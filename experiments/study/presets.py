@@ -22,7 +22,14 @@ class Preset(NamedTuple):
 LAPTOP_RUNGS = ("baseline", "muon", "untied", "flexwin", "betterwin", "attnscale")
 TIERS_12, TIERS_36, TIERS_48 = (4, 8, 16, 32), (2, 4, 8, 16), (1, 2, 4, 8)
 DEEP = {"rung_tokens": (40_000_000, 70_000_000, 100_000_000), "window": (200, 400)}
-PAPER = {"profile": "paper", "probes.first": str(2**23), "probes.linear_from": str(2**28)}
+# One target for all rungs, 3.3: of the published ones (3.3, and 3.2 of baseline, rope and flexwin)
+# the one that comes first, so that tokens to it compare (protocol spec 1.8 B7).
+PAPER = {
+    "profile": "paper",
+    "target_loss": "3.3",
+    "probes.first": str(2**23),
+    "probes.linear_from": str(2**28),
+}
 SEEDS_16 = tuple(f"flexwin-d12-b16-s{seed}" for seed in (1, 2))
 LSWA_ADAM = tuple(f"lswa_adam-d12-b{batch}-s0" for batch in (1, 2, 4, 8, 16, 32))
 DEEP_FAMILIES = ("flexwin", "betterwin", "sparsev")

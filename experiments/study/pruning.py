@@ -1,12 +1,36 @@
 """Which members a running study gives up at the early tokens, by what they show until then."""
 
-from collections.abc import Mapping
-from math import isfinite
+from collections.abc import Collection, Mapping
+from math import inf, isfinite, log
 
+from experiments.config import RunConfig
 from experiments.pruning import early_scores, select_survivors
 from experiments.study.folder import StudyFolder
 from experiments.study.grid import Member, StudyConfig
-from experiments.study_records import read_study
+from experiments.study_records import Run, read_study
+from lens_jax.alignment import RATIO_TOLERANCE
+from models.command_line import UsageError
+
+
+def early_pause(config: RunConfig, rule: str, tokens: int) -> int:
+    """Tokens at which a run may pause, so that a rule can judge it at `tokens`.
+
+    A step is measured after the pause that its validation may bring, so a spectrum takes a step
+    more. Raises UsageError where the run is not measured near enough to these tokens.
+    """
+    if rule == "loss":
+        return tokens
+    from experiments.schedule import make_schedule
+
+    per_step = config.tokens_per_step
+    measured = [step * per_step for step in make_schedule(config).measure if step]
+    nearest = min(measured, key=lambda seen: abs(log(seen / tokens)), default=inf)
+    if abs(log(nearest / tokens)) > RATIO_TOLERANCE:
+        raise UsageError(
+            f"prune={rule}: runs at batch {config.batch} are measured at {nearest} tokens and not "
+            f"nearer to early_tokens={tokens}; choose another, or another probes.first="
+        )
+    return max(tokens, nearest + per_step)
 
 
 def members_to_give_up(
@@ -15,9 +39,12 @@ def members_to_give_up(
     """Members by the names of their folders that do not go on, all but `keep` of each family.
 
     What was decided once is kept in pruned.json and stays, also when seeds or batches are added.
-    A run without a score, one that diverged for instance, is given up first.
+    A run without a score, one that diverged for instance, is given up first; one that has reached
+    its target by then is kept first.
     """
     decided = folder.pruned
+    if not members:
+        return []
     study = read_study(folder.path)
     found = {}
     for family in study.families:
@@ -25,12 +52,26 @@ def members_to_give_up(
         if family.name in decided or not runs:
             continue
         scores = early_scores(runs, config.prune, config.early_tokens, config.window)
+        scores |= {run.name: inf for run in runs if _arrived(run, config.early_tokens)}
         kept = select_survivors(scores, config.keep)
         gone = {r.name: _finite(scores[r.name]) for r in runs if r.name not in kept}
         found[family.name] = {"rule": config.prune, "kept": sorted(kept), "given_up": gone}
     folder.add_pruned(found)
     gone = [name for family in (decided | found).values() for name in family["given_up"]]
     return [members[name] for name in gone if name in members]
+
+
+def _arrived(run: Run, tokens: int) -> bool:
+    return run.reached and run.result["tokens"] <= tokens
+
+
+def judged_now(
+    members: Mapping[str, Member], failed: Collection[str]
+) -> tuple[dict[str, Member], list[Member]]:
+    """The members of families none of whose runs broke off, by folder, and all the others."""
+    open_families = {members[name].cell.family for name in failed}
+    judged = {name: own for name, own in members.items() if own.cell.family not in open_families}
+    return judged, [own for own in members.values() if own.cell.family in open_families]
 
 
 def _finite(score: float) -> float | None:

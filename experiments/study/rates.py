@@ -6,6 +6,11 @@ REFERENCE = {"muon": 1, "untied": 1, "valuemix": 1, "unet": 1}
 """Long rows a step at which the published rates of a rung were found, where they are not 8."""
 
 
+def rounded(multiplier: float) -> float:
+    """The multiplier as words and records have it, eight digits."""
+    return float(f"{multiplier:.8g}")
+
+
 def transferred(
     rung: str, batch: int, laws: Iterable[str], factors: Iterable[float]
 ) -> list[float]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import chz
 
-from models.atomic_files import write_bytes_atomic, write_json
+from experiments.study.pool import Failed, Task, last_line
+from models.atomic_files import read_json_object, write_bytes_atomic, write_json
 from models.command_line import UsageError
 
 TERM_SECONDS = 120
@@ -58,12 +59,12 @@ class SlurmConfig:
                 raise ValueError(f"slurm.extra={option}: write options as --name=value")
 
 
-def submit(tasks: Sequence[Sequence[str]], folder: Path, config: SlurmConfig) -> str:
-    """Submits training commands as one array and returns the job's number.
+def submit(tasks: Sequence[Task], folder: Path, config: SlurmConfig) -> str:
+    """Submits the training commands of tasks as one array and returns the job's number.
 
-    tasks: the words of `python -m experiments.train` of each. Script and list are kept in
-    folder/slurm. While an array of the study is queued or running nothing is submitted. Raises
-    UsageError then, and in one line when sbatch is not there or refuses.
+    Script and list are kept in folder/slurm. While an array of the study is queued or running
+    nothing is submitted. Raises UsageError then, and in one line when sbatch is not there or
+    refuses.
     """
     if shutil.which("sbatch") is None:
         raise UsageError("launcher=slurm: no sbatch on this machine; give launcher=local")
@@ -72,7 +73,7 @@ def submit(tasks: Sequence[Sequence[str]], folder: Path, config: SlurmConfig) ->
     _refuse_twice(place)
     number = len(list(place.glob("tasks_*.jsonl")))
     task_list, script = place / f"tasks_{number}.jsonl", place / f"array_{number}.sh"
-    lines = "".join(json.dumps(list(words)) + "\n" for words in tasks)
+    lines = "".join(json.dumps(task.command()) + "\n" for task in tasks)
     write_bytes_atomic(task_list, lines.encode())
     write_bytes_atomic(script, batch_script(task_list, len(tasks), config).encode())
     done = subprocess.run(
@@ -82,8 +83,32 @@ def submit(tasks: Sequence[Sequence[str]], folder: Path, config: SlurmConfig) ->
         reason = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise UsageError(f"sbatch refused {script}: {reason}")
     job = done.stdout.strip().partition(";")[0]  # JOB or JOB;CLUSTER
-    write_json(place / "submitted.json", {"job": job, "tasks": task_list.name})
+    stood = {task.folder.name: task.outcome().tokens for task in tasks}
+    write_json(place / "submitted.json", {"job": job, "tasks": task_list.name, "stood": stood})
     return job
+
+
+def broken_off(tasks: Sequence[Task], folder: Path) -> dict[str, Failed]:
+    """Of tasks that are not done, those that the last array has had and not moved, by folder.
+
+    Told once: what is left of them is submitted the next time. Raises UsageError while that array
+    is queued or running.
+    """
+    place = (folder / "slurm").absolute()
+    if not tasks or not (place / "submitted.json").exists():
+        return {}
+    _refuse_twice(place)
+    last = read_json_object(place / "submitted.json")
+    stood, told = last.get("stood", {}), last.get("told", [])
+    numbers = {name: number for number, name in enumerate(stood)}  # in the order of the array
+    found = {}
+    for task in tasks:
+        name = task.folder.name
+        if name in stood and name not in told and task.outcome().tokens <= stood[name]:
+            said = last_line(place / f"{last['job']}_{numbers[name]}.log")
+            found[name] = Failed(said or f"Slurm job {last['job']} did not move it")
+    write_json(place / "submitted.json", last | {"told": [*told, *found]})
+    return found
 
 
 def batch_script(task_list: Path, count: int, config: SlurmConfig) -> str:
