@@ -80,7 +80,8 @@ class StudyConfig:
         default="local", doc="processes on this machine, or an sbatch array"
     )
     workers: int | Literal["auto"] = chz.field(
-        default="auto", doc="runs side by side; auto: one a core on a CPU, else one a device"
+        default="auto",
+        doc="runs side by side, a share of cores and GPUs each; auto: one a core, or GPU",
     )
     figures: bool = chz.field(default=True, doc="draw figures and report at the end")
     out: str = chz.field(default="auto", doc="folder of the study; auto: runs/study_<preset>")
