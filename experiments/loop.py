@@ -111,7 +111,8 @@ class Loop:
         self.writer, self.display = writer, display
         self.val_losses, self.data_name = known_losses, data_name
         self.pending: tuple[int, dict, dict] | None = None  # step in flight, metrics, measured
-        self.fetched_at: float | None = None
+        self.clock: float | None = None  # when the step in flight could begin, if that is known
+        self.compiled = False  # whether a step that measures nothing has run
         self.rates: list[float] = []
         self.poll = make_poll(run.mesh) if jax.process_count() > 1 else None
         self.signal = 0  # that any process had got when the last fetched step was dispatched
@@ -198,7 +199,7 @@ class Loop:
         }
         self._write(row)
         self.display.validation(row)
-        self.fetched_at = None
+        self.clock = time.monotonic()  # nothing is in flight
 
     def _window(self, step: int) -> int | None:
         return window_at(self.config.arch, self.config.size, step, self.schedule.window_steps)
@@ -221,8 +222,9 @@ class Loop:
         (step, metrics, measured), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
         now = time.monotonic()
-        seconds = None if self.fetched_at is None else now - self.fetched_at
-        self.fetched_at = now
+        timed = self.clock is not None and self.compiled and not measured
+        seconds = now - self.clock if timed else None
+        self.clock, self.compiled = now, self.compiled or not measured
         self.signal = int(metrics.pop("signal", 0))
         finite = metrics.pop("finite")
         probe_loss = metrics.pop("probe_loss", None)
@@ -284,7 +286,7 @@ class Loop:
             "data": self.data_name,
         }
         self.checkpoints.save(step, state, meta)
-        self.fetched_at = None
+        self.clock = None  # the files are written beside the next step
 
     def _leave(self, step: int, state: TrainState, number: int) -> int:
         self._save(step, state)

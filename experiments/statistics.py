@@ -305,11 +305,17 @@ def seed_pairs(study: Study) -> list[tuple[Run, Run]]:
 
 
 class Spread(NamedTuple):
-    """Standard deviation of a number over seeds (pooled over cells) and over a family's batches."""
+    """Standard deviation of a number over seeds (pooled over cells) and over a family's batches.
+
+    cells: those of several seeds; freedom, batch_freedom: degrees of freedom of the two, of numbers
+    that are finite.
+    """
 
     seeds: float
     batches: float
     cells: int
+    freedom: int
+    batch_freedom: int
 
     @property
     def ratio(self) -> float:
@@ -332,14 +338,15 @@ def seed_spread(study: Study, statistic: Callable[[Run], float]) -> Spread:
     families = {cell.family for cell in repeated}
     squares = sum(float(np.sum((own - own.mean()) ** 2)) for own in repeated.values())
     freedom = sum(own.size - 1 for own in repeated.values())
-    over_batches = []
+    over_batches, batch_freedom = [], 0
     for family in families:
         means = [float(np.mean(own)) for cell, own in values.items() if cell.family == family]
         if len(means) > 1:
             over_batches.append(np.std(means, ddof=1))
+            batch_freedom += len(means) - 1
     seeds = (squares / freedom) ** 0.5 if freedom else nan
     batches = float(np.mean(over_batches)) if over_batches else nan
-    return Spread(seeds, batches, len(repeated))
+    return Spread(seeds, batches, len(repeated), freedom, batch_freedom)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from experiments.figures.trajectories import (
     ALPHAS,
     RANKMES,
     follow,
+    late_tokens,
+    span_text,
     token_best,
     trajectory_rho,
 )
@@ -106,7 +109,7 @@ def test_atlas_rows_are_the_rungs_of_the_study_and_the_others_are_named(study):
     text = caption_of(figure)
     for part in (
         "n = 3 rungs", "1 to 2 seeds a cell", "6-12 (90-200 at width 768)",
-        "32 samples of 128 tokens", "Not in the study: rope",
+        "shaded; gradients: ranks 2-9.", "32 samples of 128 tokens", "Not in the study: rope",
     ):  # fmt: skip
         assert part in text
     assert [claim.figure for claim in claims] == ["13", "13"]
@@ -144,7 +147,7 @@ def test_trajectories_are_the_statistics_of_the_records(study):
 
 def test_change_claims_count_a_rung_once_and_cannot_decide_with_three(study):
     (tail, directions), _ = drawn(atlas.draw_13, study)
-    assert (tail.n, tail.seeds, tail.window) == (3, 2, "6-12 (90-200 at width 768)")
+    assert (tail.n, tail.seeds, tail.window) == (3, 1, "6-12 (90-200 at width 768)")
     changes = []
     for rung in ("baseline", "muon", "untied"):
         member = token_best(study, Family(rung, "d12"), Options())
@@ -253,6 +256,25 @@ def test_curves_are_dashed_from_the_decay_on_and_training_losses_stand_apart(une
     np.testing.assert_allclose(crossings.lines[0].get_xdata(), [4 * 512, 8 * 512])
 
 
+def test_a_run_without_rates_is_no_evidence_of_when_they_decay(uneven):
+    def without_rate(row):
+        return {key: value for key, value in row.items() if key != "lr_matrix"}
+
+    for batch in (4, 8):
+        edit_metrics(uneven.path, name("muon", batch=batch), without_rate)
+        (_, decay), figure = drawn(curves.draw_12, read_study(uneven.path))
+        assert (decay.n, decay.verdict) == ((1, "held") if batch == 4 else (0, "undecided"))
+    assert "2 more crossed and logged no rate" in decay.sentence
+    solid = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
+    assert all(not line.is_dashed() for line in solid)
+    assert len(solid) == 3
+
+
+def test_seeds_of_a_claim_are_the_fewest_of_a_cell(study):
+    claims, _ = drawn(curves.draw_12, study)
+    assert [claim.seeds for claim in claims] == [1, 1]
+
+
 def test_curves_need_a_loss(tmp_path):
     folder = make_study(tmp_path / "s", rungs=("muon",), **ONE_BATCH, **(SMALL | {"kinds": ()}))
     edit_metrics(folder, name("muon", batch=8), lambda row: None)
@@ -297,7 +319,7 @@ def test_mlp_outputs_that_differ_more_are_found(spread):
     orders = [spearman(mlp + output, order) for order in permutations(mlp - output)]
     assert end.statistic == equal.statistic == pytest.approx(rho)
     assert end.p == pytest.approx(np.mean(np.abs(orders) >= rho - 1e-9))
-    assert (end.n, end.window, end.verdict) == (5, "1-10", "held")
+    assert (end.n, end.seeds, end.window, end.verdict) == (5, 1, "1-10", "held")
     assert "near step 1600" in caption_of(figure)
     left, right = figure.axes[2:4]
     assert left.get_xlim() == right.get_xlim()
@@ -320,9 +342,38 @@ def test_looks_at_equal_tokens_take_rows_of_equal_tokens(study):
     members = [token_best(study, family, Options()) for family in study.families]
     end, equal = weights.find_looks(members)
     shortest = min(row.tokens for row in end.rows.values())
-    assert all(abs(np.log(row.tokens / shortest)) <= 0.18 for row in equal.rows.values())
+    # planted: measured at doublings and at each run's own end, which no other run has
+    assert {row.tokens for row in equal.rows.values()} == {2 ** int(np.log2(shortest))}
+    assert equal.name == "at 262k tokens"
     assert len(end.rows) == 4
     assert end.rows[members[0].first.name].tokens > 2 * shortest
+
+
+def at(tokens):
+    return SimpleNamespace(tokens=tokens)
+
+
+def test_equal_tokens_are_the_same_tokens_where_runs_share_any():
+    runs = [[at(n) for n in own] for own in ((0, 100, 200, 400), (0, 200, 390), (200, 410))]
+    assert late_tokens(runs) == 200  # though within 18 % all have a row at 400
+    apart = [[at(0), at(400)], [at(390)], [at(200), at(410)]]
+    assert late_tokens(apart) == 410
+    assert late_tokens([[at(0), at(100)], [at(0), at(200)]]) is None
+    assert (span_text([390, 410, 400]), span_text([400, 400])) == ("390 to 410", "400")
+
+
+def test_variants_that_missed_the_target_are_named_and_are_not_at_its_end(tmp_path):
+    rungs = ("baseline", "muon", "untied", "flexwin")
+    lost = (name("baseline"),)
+    study = read_study(
+        make_study(tmp_path / "s", rungs=rungs, censored=lost, **ONE_BATCH,
+                   **(SMALL | {"kinds": ("weight",)}))
+    )  # fmt: skip
+    (end, equal), figure = drawn(weights.draw_17, study)
+    assert (end.n, equal.n) == (3, 4)
+    said = caption_of(figure)
+    assert "n = 3 variants at the batch that needed the fewest tokens (muon 8, untied 8," in said
+    assert "Target not reached or run not ended: baseline-d12." in said
 
 
 def test_weights_that_were_not_measured_are_named(tmp_path):

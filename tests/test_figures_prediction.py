@@ -1,6 +1,7 @@
 """Figures 2, 8 and 10: planted orders are found, what the batch explains is no finding."""
 
 from itertools import permutations
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -142,6 +143,34 @@ def test_two_batches_are_no_order(tmp_path_factory):
     for function in (prediction.draw_2, prediction_curves.draw_8, prediction.draw_10):
         with pytest.raises(Missing, match=r"3 batches .*python -m experiments\.study preset=fig"):
             drawn(function, small)
+
+
+def test_families_without_an_order_are_named_with_the_reason(tmp_path):
+    lost = tuple(name("baseline", batch=batch) for batch in BATCHES)
+    lost += tuple(name("muon", batch=batch) for batch in BATCHES[1:])
+    folder = make_study(
+        tmp_path / "s", rungs=("baseline", "muon", "flexwin"), seed_cells=(), censored=lost[:4],
+        unfinished=lost[4:], **SMALL,
+    )  # fmt: skip
+    for run in lost[4:]:
+        path = folder / "runs" / run / "metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    study = read_study(folder)
+    for function in (prediction.draw_2, prediction_curves.draw_8, prediction.draw_10):
+        said = caption_of(drawn(function, study)[1])
+        assert "Left out, no batch reached the target: baseline-d12." in said
+        assert "run to the target: muon-d12." in said
+
+
+def test_a_chosen_run_with_nothing_measured_yet_is_no_end_of_the_figure(tmp_path):
+    folder = make_study(tmp_path / "s", rungs=("muon",), seed_cells=(), **SMALL)
+    rmtree(folder / "runs" / name("muon", batch=32) / "spectra")
+    claims, _ = drawn(prediction_curves.draw_8, read_study(folder))
+    assert claims[0].n == 3
+    for batch in BATCHES[:-1]:
+        rmtree(folder / "runs" / name("muon", batch=batch) / "spectra")
+    with pytest.raises(Missing, match="preset=fig8"):
+        drawn(prediction_curves.draw_8, read_study(folder))
 
 
 # The tests

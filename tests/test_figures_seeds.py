@@ -1,11 +1,12 @@
 """Figures 7 and 9: optimizers by how far batches lie apart, and seeds against batches."""
 
 from itertools import combinations
+from shutil import rmtree
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic_language_study import make_study
+from synthetic_language_study import make_study, name
 
 from experiments.efficiency import early_row
 from experiments.figures import optimizers, seeds
@@ -13,6 +14,7 @@ from experiments.figures.options import Options
 from experiments.study_records import ACTIVATION, read_study
 from lens_jax.claims import Missing
 from lens_jax.fits import fit_power_law, jsd
+from lens_jax.records import read_step, write_step
 
 LAST = "h_11/resid_post"
 KERNELS = ("h_11/attn/c_proj/kernel", "h_11/mlp/c_proj/kernel")
@@ -128,6 +130,9 @@ def test_seeds_and_batches_are_compared(study):
     ratio = np.std(over, ddof=1) / np.std(alphas, ddof=1)
     assert early.statistic == pytest.approx(np.log(ratio))
     said = caption_of(figure)
+    assert "aligned by tokens (early rows at 65.5k, late rows at 262k)" in said
+    names = [text.get_text() for text in figure.axes[3].get_yticklabels()]
+    assert "gradient alpha 2-9" in names  # of 32 samples
     assert "n = 3 seeds (weights and data order) of flexwin-d12-b16, 4 batches" in said
     floor = np.median([
         jsd(*two) for two in combinations(
@@ -140,6 +145,32 @@ def late_tokens(claims):
     """The grid point that all runs share last: of doublings, 2^18."""
     assert "at 262k tokens" in claims[1].claim
     return 2**18
+
+
+def test_rows_that_are_only_near_are_named_with_their_range(tmp_path):
+    made = make_study(tmp_path / "s", rungs=("flexwin",), batches=(8, 16), seed_cells=SEEDS,
+                      kinds=("activation",), **SMALL)  # fmt: skip
+    for path in made.glob("runs/*-b8-*/spectra/*.npz"):
+        meta, arrays = read_step(path)
+        meta["tokens"] = int(meta["tokens"] * 0.9)  # a grid of its own
+        write_step(path.parent, meta["step"], arrays, meta)
+    claims, figure = drawn(seeds.draw_9, read_study(made))
+    assert "early rows at 59k to 65.5k" in caption_of(figure)
+    assert "at 59k to 65.5k tokens" in claims[0].claim
+
+
+def test_seeds_and_batches_without_spectra_are_no_degrees_of_freedom(tmp_path):
+    """A chosen run that has just begun has a config.json and nothing measured."""
+    cells = (("flexwin", "d12", 16, (0, 1, 2, 3)), ("flexwin", "d12", 8, (0, 1)))
+    made = make_study(tmp_path / "s", rungs=("flexwin",), batches=(4, 8, 16, 32), seed_cells=cells,
+                      kinds=("activation",), **SMALL)  # fmt: skip
+    for run in (name("flexwin", batch=8, seed=1), name("flexwin", batch=16, seed=3)):
+        rmtree(made / "runs" / run / "spectra")
+    early = drawn(seeds.draw_9, read_study(made))[0][0]
+    assert "with 2 degrees of freedom" in early.control
+    rmtree(made / "runs" / name("flexwin", batch=4) / "spectra")
+    early = drawn(seeds.draw_9, read_study(made))[0][0]
+    assert early.n == 3
 
 
 def test_batches_within_the_noise_of_seeds_do_not_hold(flat):

@@ -15,6 +15,7 @@ from synthetic_language_study import make_study, name
 from experiments.efficiency import crossing_tokens
 from experiments.figures.report import page, write_report
 from experiments.pruning import retrospective
+from experiments.study.table import table_rows
 from experiments.study_records import read_study
 from lens_jax.claims import Claim
 
@@ -174,6 +175,21 @@ def test_grid_has_every_chosen_run_and_trials_apart(parsed, study):
     assert by_name["flexwin-d12-b4-s0"]["reason"] == "not ended"
     assert by_name["flexwin-d12-b4-s0"]["excess"] == "\u2013"
     assert by_name["flexwin-d12-b16-s1"]["excess"] == "\u2013"  # no other batch has its seed
+
+
+def test_excess_is_against_the_best_of_a_family_and_seed(tmp_path):
+    cells = (("muon", "d12", 8, (0, 1)), ("muon", "d12", 16, (0, 1)), ("muon", "d12", 4, (0, 2)))
+    made = make_study(tmp_path / "s", rungs=("muon",), batches=(4, 8, 16), seed_cells=cells,
+                      trials=(), kinds=())  # fmt: skip
+    rows = {(row["batch"], row["seed"]): row for row in table_rows(read_study(made))}
+    for seed in (0, 1):
+        tokens = {batch: rows[batch, seed]["crossing_tokens"] for batch in (8, 16)}
+        assert rows[8, seed]["excess"] == 0.0
+        assert rows[16, seed]["excess"] == pytest.approx(tokens[16] / tokens[8] - 1)
+    assert "excess" not in rows[4, 2]  # no other batch has its seed
+
+
+def test_trials_stand_apart(parsed, study):
     _, *trials = table_of(parsed, "Trials")
     assert len(trials) == len(study.trials) == 12
     assert {row[1] for row in trials} == {"0.5", "2"}

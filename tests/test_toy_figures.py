@@ -243,7 +243,8 @@ def test_divergences_are_those_of_matched_rows(study):
     claims, _ = drawn(figures_spectra.draw_divergence, study)
     assert [claim.n for claim in claims] == [10, 10, 10]
     assert "seed floor 0.0" in claims[-1].control
-    one = figures_spectra.Divergence(0.010, 5, 0.001)
+    assert {claim.seeds for claim in claims} == {len({run.seed for run in study.runs})}
+    one = figures_spectra.Divergence(0.010, 5, 0.001, 0)
     for seeds, verdict in (([], "undecided"), ([0.003], "held"), ([0.004], "did not hold")):
         assert figures_spectra.divergence_claim(("a", "b"), [one], seeds).verdict == verdict
     noisy = one._replace(floor=0.004)  # sampling counts where it is the higher floor

@@ -1,5 +1,7 @@
 """Spectra of token counts, against plain covariances, and figure 5."""
 
+import json
+
 import numpy as np
 import pytest
 from synthetic_language_study import make_study
@@ -66,6 +68,12 @@ def test_the_record_of_the_command_makes_figure_5(shards, tmp_path, capsys):
     assert figures([f"study={study}", "fig=5", f"out={tmp_path / 'out'}"]) == 0
     assert "5: Held" in capsys.readouterr().out
     assert (tmp_path / "out" / "figure_5.png").stat().st_size > 10_000
+    (claim,) = json.loads((tmp_path / "out" / "claims_5.json").read_text())
+    assert claim["p"] is None  # a small one would speak against the claim
+    assert "over 20 halves (least possible 0.048)" in claim["sentence"]
+    assert main([*words, "windows=20", "window=64", "resamples=18"]) == 0
+    assert figures([f"study={study}", "fig=5", f"out={tmp_path / 'out'}"]) == 0
+    assert "5: Undecided" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -191,12 +191,14 @@ def _spectra_note(study, runs: Sweep, matched, loss: float, tolerance: float, cl
 class Divergence(NamedTuple):
     """Divergences of one pair of runs at matched losses: their mean, how many, and the floor.
 
-    floor: what two measurements of one model would show by sampling alone, NaN if not recorded.
+    floor: what two measurements of one model would show by sampling alone, NaN if not recorded;
+    seed: of the first run.
     """
 
     jsd: float
     losses: int
     floor: float
+    seed: int
 
 
 def draw_divergence(figure: Figure, study: Study, config) -> list[Claim]:
@@ -232,7 +234,7 @@ def divergence(one: Run, other: Run, tolerance: float) -> Divergence | None:
         return None
     found = [jsd(spectrum(a), spectrum(b)) for a, b in matched]
     floors = [_floor(row) for pair in matched for row in pair]
-    return Divergence(float(np.mean(found)), len(found), float(np.mean(floors)))
+    return Divergence(float(np.mean(found)), len(found), float(np.mean(floors)), one.seed)
 
 
 def _floor(row: Row) -> float:
@@ -269,7 +271,7 @@ def divergence_claim(two, own: list[Divergence], seeds: list[float]) -> Claim:
     name = " to ".join(two)
     return Claim(
         "11c", f"{name}: spectra differ at equal loss by more than 3 floors",
-        len(own), len(seeds), "all ranks", mean, np.nan, control, outcome,
+        len(own), len({d.seed for d in own}), "all ranks", mean, np.nan, control, outcome,
         f"{outcome.capitalize()}: {name} has JSD {mean:.2g} at equal loss over "
         f"{words(len(own), 'pair')}; {control}.",
     )  # fmt: skip

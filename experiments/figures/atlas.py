@@ -22,7 +22,9 @@ from experiments.figures.trajectories import (
     Statistic,
     change,
     follow,
+    gradient_ranks,
     measured,
+    missed_text,
     token_best,
     trajectory_rho,
 )
@@ -214,17 +216,19 @@ def _caption_text(members: Sequence[Member], absent: Sequence[str], window) -> s
         for m in members
         if measured(m.first, GRADIENT, OUTPUT)
     )
-    missed = [m.family.name for m in members if not np.isfinite(m.tokens)]
+    ranks = dict.fromkeys(gradient_ranks(m.first) for m in members)
+    gradients = ", ".join(f"{own[0]}-{own[1]}" for own in ranks if own)
     parts = [
         f"n = {words(len(members), 'rung')} at the batch of the fewest tokens to the target, "
-        f"{seeds} (thin: after the first); last layer. Tail ranks {', '.join(used)}, shaded.",
+        f"{seeds} (thin: after the first); last layer. Tail ranks {', '.join(used)}, shaded"
+        + (f"; gradients: ranks {gradients}." if gradients else "."),
         f"Gradients: {'; '.join(samples)}, uncentred, 2 alpha of singular values."
         if samples
         else "",
         "Gradients of unlike samples do not compare." if len(samples) > 1 else "",
         f"Activations: {meta['act_tokens']:,} tokens." if "act_tokens" in meta else "",
         "Aligned by training tokens, each run to its end; one range of y in a column.",
-        f"Target not reached or run not ended: {', '.join(missed)}." if missed else "",
+        missed_text(members),
         f"Not in the study: {', '.join(absent)}." if absent else "",
     ]
     return " ".join(part for part in parts if part)
@@ -251,7 +255,7 @@ def _change_claim(
     if statistic in ALPHAS:
         ranks = f"ranks {ranks_text(ranks_of(members[0].first, window), window)}"
     return Claim(
-        str(fig), f"{_range(members)}: {said} {span}", finite, max(map(len, own)),
+        str(fig), f"{_range(members)}: {said} {span}", finite, min(map(len, own)),
         ranks.removeprefix("ranks "), test.statistic, test.p,
         "each rung's change might as well have the other sign", outcome,
         f"{outcome.capitalize()}: {statistic.name}, {ranks}, changes {span} by "
@@ -290,8 +294,8 @@ def _likeness_claim(members: list[Member], likeness: list[dict[str, float]]) -> 
         f"{name} {number(_mean([own.get(name, np.nan) for own in likeness]))}" for name in names
     )
     return Claim(
-        "16", "trajectories of d36 and d48 have the signs of d12", count,
-        max(len(member.runs) for member in members), "200-400 beside d12's", test.statistic, test.p,
+        "16", "trajectories of d36 and d48 have the signs of d12", count, 1,
+        "200-400 beside d12's", test.statistic, test.p,
         "the mean rho of a family might as well have the other sign", outcome,
         f"{outcome.capitalize()}: mean rho {number(test.statistic)} between d12 and deep "
         f"trajectories ({listed}), n = {words(count, 'family')} with a d12 run of the same rung, "

@@ -36,8 +36,9 @@ DECAYED = 0.9
 class Curve(NamedTuple):
     """Loss of a run over tokens, (n,) each, and where its learning rate began to decay.
 
-    validated: whether the loss is a validation loss; decay: tokens, inf where it did not; target:
-    tokens at which the target was crossed, inf where it was missed, NaN where the run goes on.
+    validated: whether the loss is a validation loss; decay: tokens, inf where it did not, NaN where
+    no rate was logged; target: tokens at which the target was crossed, inf where it was missed, NaN
+    where the run goes on.
     """
 
     run: Run
@@ -51,13 +52,13 @@ class Curve(NamedTuple):
 def decay_tokens(run: Run) -> float:
     """Returns the tokens at which the matrices' rate has last been at DECAYED of its peak.
 
-    inf where it ends there, or was not logged. A warm-up is no decay: what counts lies after the
-    peak.
+    inf where it ends there, NaN where it was not logged. A warm-up is no decay: what counts lies
+    after the peak.
     """
     rates = run.train.get("lr_matrix", np.empty(0))
     known = np.isfinite(rates)
     if not np.any(known):
-        return float("inf")
+        return float("nan")
     tokens, rates = run.train["tokens"][known], rates[known]
     high = np.flatnonzero(rates >= DECAYED * rates.max())[-1]
     return float("inf") if high == rates.size - 1 else float(tokens[high])
@@ -122,8 +123,8 @@ def _draw_family(ax, family: Family, curves: list[Curve], target: float | None) 
         width = 0.6 if curve.run.batch in named else 1.3
         named.add(curve.run.batch)
         for decayed, line in ((False, "-"), (True, (0, (2.2, 1.2)))):
-            # Both parts hold the point at which they meet.
-            part = curve.tokens >= curve.decay if decayed else curve.tokens <= curve.decay
+            # Both parts hold the point at which they meet; of unknown rates all is solid.
+            part = curve.tokens >= curve.decay if decayed else ~(curve.tokens > curve.decay)
             ax.plot(curve.tokens[part], curve.loss[part], color=colour, ls=line, lw=width)
         if np.isfinite(curve.target):
             ax.plot(curve.target, target, color=colour, marker=shape, ms=5, mec="white", mew=0.6)
@@ -205,7 +206,9 @@ def _reached_claim(curves: list[Curve], target: float) -> Claim:
 
 def _decay_claim(curves: list[Curve]) -> Claim:
     """Whether all crossings lie where the rate has not decayed, so that they compare."""
-    reached = [curve for curve in curves if np.isfinite(curve.target)]
+    crossed = [curve for curve in curves if np.isfinite(curve.target)]
+    reached = [curve for curve in crossed if not np.isnan(curve.decay)]
+    unknown = len(crossed) - len(reached)
     early = [curve for curve in reached if curve.target <= curve.decay]
     late = sorted({c.run.family.name for c in reached if c.target > c.decay})
     outcome = UNDECIDED if not reached else HELD if len(early) == len(reached) else FAILED
@@ -216,12 +219,13 @@ def _decay_claim(curves: list[Curve]) -> Claim:
         "", share, float("nan"), f"decayed: below {DECAYED:.0%} of its peak", outcome,
         f"{outcome.capitalize()}: {len(early)} of {len(reached)} crossings come before the rate "
         f"has fallen below {DECAYED:.0%} of its peak{unlike}; tokens of runs on the two sides "
-        "compare with reserve.",
+        "compare with reserve"
+        + (f"; {unknown} more crossed and logged no rate." if unknown else "."),
     )  # fmt: skip
 
 
 def _seeds(curves: list[Curve]) -> int:
-    return seeds_of([curve.run for curve in curves])[1]
+    return seeds_of([curve.run for curve in curves])[0]
 
 
 def _caption_text(curves: list[Curve], panels, target: float | None) -> str:

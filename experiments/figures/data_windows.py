@@ -12,7 +12,7 @@ from experiments.figures.page import caption, title
 from experiments.study_records import Study
 from experiments.window_counts import DIVERGENCE, KIND, NULL, share_beyond
 from lens_jax.axis_style import BLUE, FAINT, VERMILLION, rank_axes, visible
-from lens_jax.claims import FAILED, HELD, LEVEL, Claim, Missing, number
+from lens_jax.claims import FAILED, HELD, LEVEL, UNDECIDED, Claim, Missing, number
 from lens_jax.step_files import StepFile, list_steps
 
 INCHES = {5: (7.2, 3.4)}
@@ -53,18 +53,23 @@ def _draw_null(ax, row: StepFile) -> None:
 
 
 def _claim(row: StepFile) -> Claim:
-    """Held where the samples differ no more than halves of one do; that is no proof of equality."""
+    """Held where the samples differ no more than halves of one do; that is no proof of equality.
+
+    Undecided where so few halves were drawn that p <= LEVEL cannot be. A small p speaks against the
+    claim, while in a report's q a small one speaks for its claim; so it is in the sentence alone.
+    """
     halves, observed = row.array(*NULL.split("/")), float(row.array(*DIVERGENCE.split("/")))
     p = share_beyond(halves, observed)
-    outcome = FAILED if p <= LEVEL else HELD
+    least = 1 / (1 + halves.size)
+    outcome = UNDECIDED if least > LEVEL else FAILED if p <= LEVEL else HELD
     return Claim(
         "5", "two samples of text have one spectrum of token counts", row.meta["windows"], 1,
-        "all ranks", observed, p, f"median of random halves {number(np.median(halves), '.2g')}",
-        outcome,
+        "all ranks", observed, float("nan"),
+        f"median of random halves {number(np.median(halves), '.2g')}", outcome,
         f"{outcome.capitalize()}: JSD {number(observed, '.2g')} between {row.meta['a']} and "
         f"{row.meta['b']}, {number(np.median(halves), '.2g')} (at most "
         f"{number(halves.max(), '.2g')}) between random halves of the first, p = {p:.2g} over "
-        f"{halves.size} halves.",
+        f"{halves.size} halves (least possible {least:.2g}).",
     )  # fmt: skip
 
 

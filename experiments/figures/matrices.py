@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures.options import Options
 from experiments.figures.page import caption, seeds_text, title, words
-from experiments.figures.trajectories import Member, measured, token_best
+from experiments.figures.trajectories import Member, measured, missed_text, token_best
 from experiments.study_records import GRADIENT, Run, Study
 from lens_jax.axis_style import LINES, not_measured, rank_axes, token_axis, visible
 from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
@@ -130,15 +130,14 @@ def _draw_along(ax, member: Member, names, of, label: str) -> None:
 def _claim(study: Study, options: Options, member: Member, names) -> Claim:
     """Two matrices differ alike in family after family.
 
-    Of every family at its best batch the RankMe of MLP out less that of W_O, at the end; null: the
-    difference of a family might as well have the other sign.
+    Of every family at its best batch the RankMe of MLP out less that of W_O, at the target, which
+    families that did not reach it have no state at; null: the difference of a family might as well
+    have the other sign.
     """
-    differences = []
-    for family in study.families:
-        there = token_best(study, family, options)
-        gap = None if there is None else _gap(there.first)
-        if gap is not None and isfinite(gap):
-            differences.append(gap)
+    found = [token_best(study, family, options) for family in study.families]
+    gaps = [(own, gap) for own in found if own and (gap := _gap(own.first)) is not None]
+    missed = missed_text([own for own, _ in gaps])
+    differences = [gap for own, gap in gaps if own.reached and isfinite(gap)]
     test = sign_flip_test(differences)
     outcome = verdict(abs(test.statistic), test.p, 2.0 ** (1 - max(len(differences), 1)))
     ends = {
@@ -154,7 +153,8 @@ def _claim(study: Study, options: Options, member: Member, names) -> Claim:
         f"{outcome.capitalize()}: at the end RankMe of MLP out less that of W_O is "
         f"{number(test.statistic, '+.1f')}, mean over "
         f"{words(len(differences), 'family')} at the best batch, {p_text(test)} by signs; "
-        f"{member.family.name}: {listed}; largest difference between seeds {seeds}.",
+        f"{member.family.name}: {listed}; largest difference between seeds {seeds}."
+        + (f" Left out: {missed[0].lower()}{missed[1:]}" if missed else ""),
     )  # fmt: skip
 
 
@@ -185,9 +185,10 @@ def _seed_range(member: Member, names) -> str:
 def _caption_text(member: Member, names) -> str:
     run = member.first
     row = _rows(run, names[0][0])[-1]
+    best = "its token-best" if member.reached else "of the lowest last loss, target not reached"
     samples, length = row.meta.get("gradient_samples"), row.meta.get("sample_tokens")
     return (
-        f"Last layer, {member.family.name} at batch {run.batch} (its token-best), "
+        f"Last layer, {member.family.name} at batch {run.batch} ({best}), "
         f"{seeds_text(member.runs)} (thin lines: further seeds). Per-sample gradients, N = "
         f"{samples} samples of T = {length} tokens; singular values over their sum; a and b at "
         f"{short_count(row.tokens)} tokens. Values below the rounding of the Gram matrix do not "

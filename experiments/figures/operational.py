@@ -26,6 +26,7 @@ from experiments.figures.page import (
     words,
 )
 from experiments.figures.prediction_tests import least_p, members
+from experiments.figures.speed import timings_text
 from experiments.figures.taxonomy import Matched, Transition, seed_noise, transitions
 from experiments.figures.trajectories import DEEP_WINDOW
 from experiments.statistics import FamilyPrediction, predict
@@ -237,7 +238,8 @@ def _caption_text(study, family: Family, runs, options: Options, window, pair, f
                 f"{number(own.throughput, '+.0%')}"
                 for own in pair
             )
-            + "."
+            + ". "
+            + timings_text({m.family.rung: m.runs for own in pair for m in own[:2]}.items())
         )
         if not any(own.kind == "throughput-side" for own in pair):
             parts.append("No transition of this study is of the throughput side alone.")

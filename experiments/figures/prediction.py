@@ -27,9 +27,10 @@ from experiments.figures.prediction_tests import (
     best_look_p,
     beyond_claim,
     count_text,
+    left_out_text,
     order_claim,
 )
-from experiments.figures.trajectories import DEEP_WINDOW
+from experiments.figures.trajectories import DEEP_WINDOW, span_text
 from experiments.statistics import FamilyPrediction, Prediction, predict
 from experiments.study_records import ACTIVATION, Study
 from lens_jax.axis_style import FAINT, INK, VERMILLION, line_handle, not_measured
@@ -69,7 +70,8 @@ def draw_2(figure: Figure, study: Study, options: Options) -> list[Claim]:
     (axes[0] if shallow else axes[1]).set_ylabel(EXCESS)
     _draw_rhos(axes[2], families)
     axes[2].set_title("(c) rho of each family")
-    caption(figure, _caption_2(study, shallow, deep, tokens))
+    part = of_tiers(study, options, ("d12", *DEEP_TIERS))
+    caption(figure, _caption_2(part, shallow, deep, tokens))
     claims = []
     for prediction, tier in ((shallow, "d12"), (deep, "deeper tiers")):
         if prediction is not None:
@@ -185,6 +187,7 @@ def _caption_2(study: Study, shallow, deep, tokens: int) -> str:
         "batches permuted within families."
     )
     parts.append(_censored(found))
+    parts.append(left_out_text(study, [family.family for family in found]))
     return " ".join(part for part in parts if part)
 
 
@@ -229,13 +232,16 @@ def draw_10(figure: Figure, study: Study, options: Options) -> list[Claim]:
     _write_rho(beside, last)
     deep = "" if tier in ("d36", "d48") else f" The paper has d36; this study has {tier}."
     spans = [f.tokens[np.isfinite(f.tokens)] for f in last.families]
-    ends = dict.fromkeys(short_count(f(np.concatenate(spans))) for f in (np.min, np.max))
-    caption(
-        figure,
-        f"{_conditions(study, last)} (a: of every layer); rows at {' to '.join(ends)} tokens, "
+    rows = span_text(np.concatenate(spans))
+    part = of_tiers(study, options, (tier,))
+    parts = (
+        f"{_conditions(study, last)} (a: of every layer); rows at {rows} tokens, "
         f"nearest to {short_count(tokens)}.{deep} Larger marks for larger batches, bars: jackknife "
-        f"error of alpha. {_censored(last.families)}",
+        "error of alpha.",
+        _censored(last.families),
+        left_out_text(part, [family.family for family in last.families]),
     )
+    caption(figure, " ".join(part for part in parts if part))
     return [_layer_claim(study, looks, layers, tier, tokens)]
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from experiments.figures.options import Options, of_tiers, tokens_of
 from experiments.figures.page import caption, seeds_of, seeds_text, title, words, zero_line
-from experiments.figures.prediction_tests import best_look_p, count_text, order_claim
+from experiments.figures.prediction_tests import best_look_p, count_text, left_out_text, order_claim
 from experiments.statistics import Prediction, predict
 from experiments.study_records import Family, Study
 from lens_jax.axis_style import (
@@ -98,7 +98,11 @@ def draw_8(figure: Figure, study: Study, options: Options) -> list[Claim]:
 def _families(study: Study, tokens: int, window) -> list[Family]:
     """Families whose batches can be ordered, in the order of the ladder."""
     found = predict(study, tokens=tokens, window=window).families if study.chosen else ()
-    named = [f.family for f in found if np.sum(~np.isnan(f.efficiency)) >= FEW]
+    named = [
+        f.family
+        for f in found
+        if np.sum(~np.isnan(f.efficiency)) >= FEW and any(run.steps for run in study.of(f.family))
+    ]
     if not named:
         raise Missing(
             f"a family at d12 with {FEW} batches run to the target, measured along training: "
@@ -119,7 +123,7 @@ def _plain(value):
 
 def _token_looks(study: Study, families: Sequence[Family], tokens: int) -> np.ndarray:
     """Token counts at which runs were measured, `tokens` among them, thinned to a few."""
-    runs = [run for family in families for run in study.of(family)]
+    runs = [run for family in families for run in study.of(family) if run.steps]
     # Of the largest batch, the coarsest grid; smaller ones are measured near the same counts.
     longest = max(runs, key=lambda run: (run.tokens_per_step, run.steps[-1].tokens))
     counts = np.array([row.tokens for row in longest.steps if row.tokens > 0])
@@ -269,6 +273,7 @@ def _caption_text(study: Study, families, by_share: Curves, by_tokens: Curves, o
             fits.append(f"{_ranks(looks[-1])}: {np.median(r2):.2f} ({r2.min():.2f} at least)")
     width = runs[0].width
     scaled = ", ".join(f"{a}-{b}" for a, b in by_share.looks)
+    left_out = left_out_text(study, families)
     return (
         f"n = {count_text(last.families)}, {seeds_text(runs)}; last-layer activations; width "
         f"{width}, ranks of {scaled} at width 768. Thick: the main window; dotted: the looks that "
@@ -276,4 +281,5 @@ def _caption_text(study: Study, families, by_share: Curves, by_tokens: Curves, o
         f"{'; '.join(fits)}. With four batches rho goes in steps of 0.2, and 1 in 24 orders is "
         "perfect by chance; equal lines are drawn a little apart. No point "
         "where a run of the family had ended, or was not measured near it."
+        + (f" {left_out}" if left_out else "")
     )

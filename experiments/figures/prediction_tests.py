@@ -6,17 +6,19 @@ it has to beat, for where small batches need fewer tokens any monotone function 
 orders them just as well (protocol spec 1.11, T1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import factorial, isfinite, prod
 
 import numpy as np
 
+from experiments.efficiency import crossing_tokens
 from experiments.statistics import (
     LEAST_FOR_PARTIAL,
     FamilyPrediction,
     Prediction,
     finite_ranks,
 )
+from experiments.study_records import Family, Study
 from lens_jax.claims import Claim, number, p_text, sign_flip_test, verdict
 from lens_jax.correlations import PermutationTest, alike_permutation_p, max_over_looks_p
 
@@ -127,6 +129,29 @@ def beyond_claim(
         f"{'family' if len(families) == 1 else 'families'}, {p_text(test)} by signs (best possible "
         f"{least:.2g}); {given}.",
     )  # fmt: skip
+
+
+def left_out_text(study: Study, kept: Iterable[Family]) -> str:
+    """Names the families of a study that a figure has not, and why; empty where it has all."""
+    kept, target = set(kept), study.target_loss
+    gone = [family for family in study.families if family not in kept]
+    missed = [
+        family
+        for family in gone
+        if not any(isfinite(crossing_tokens(run, target)) for run in study.of(family))
+    ]
+    parts = (
+        ("no batch reached the target", missed),
+        (
+            "too few batches measured there and run to the target",
+            [f for f in gone if f not in missed],
+        ),
+    )
+    return " ".join(
+        f"Left out, {why}: {', '.join(family.name for family in families)}."
+        for why, families in parts
+        if families
+    )
 
 
 def count_text(families: Sequence[FamilyPrediction]) -> str:

@@ -1,6 +1,5 @@
 """Tables of a study's report, as HTML whose rows can be sorted: grid, trials, pruning."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -26,9 +25,7 @@ GRID = (
 
 
 def grid_tables(study: Study) -> str:
-    found = table_rows(study)
-    batches = Counter((row["rung"], row["tier"], row["seed"]) for row in found)
-    rows = [_grid_row(r, batches[r["rung"], r["tier"], r["seed"]] > 1) for r in found]
+    rows = [_grid_row(row) for row in table_rows(study)]
     trials = [_trial_row(run) for run in study.trials]
     text = _table("chosen", "Runs at the rate chosen for their cell", GRID, rows)
     if trials:
@@ -72,12 +69,9 @@ def _pruning_row(own: Pruned) -> Row:
     return [(word, None) for word in words]
 
 
-def _grid_row(row: Mapping, compared: bool) -> Row:
-    """Cells of a chosen run; a run that missed the target sorts behind those that reached it.
-
-    compared: whether there is another batch of its family and seed, which its excess is about.
-    """
-    tokens, excess = row.get("crossing_tokens"), row.get("excess") if compared else None
+def _grid_row(row: Mapping) -> Row:
+    """Cells of a chosen run; a run that missed the target sorts behind those that reached it."""
+    tokens, excess = row.get("crossing_tokens"), row.get("excess")
     missed = row["reason"] != "not ended" and tokens is None
     cells = [
         (f"{row['lr_scale']:.3g}{'*' if row['edge'] else ''}", None),

@@ -19,6 +19,7 @@ from experiments.efficiency import crossing_tokens, early_row, ranks_of
 from experiments.figures.options import Options
 from experiments.figures.page import batch_line, caption, ranks_text, title, words
 from experiments.figures.taxonomy import ATTENTION, HEAD, TOP, spectrum
+from experiments.figures.trajectories import gradient_ranks, late_tokens, span_text
 from experiments.statistics import Spread, seed_spread
 from experiments.study_records import ACTIVATION, GRADIENT, Cell, Run, Study
 from lens_jax.axis_style import (
@@ -35,7 +36,7 @@ from lens_jax.axis_style import (
 from lens_jax.claims import Claim, Missing, number, p_text, verdict
 from lens_jax.correlations import UNDEFINED, PermutationTest
 from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
-from lens_jax.saved_run import gradient_window, short_count
+from lens_jax.saved_run import gradient_window
 
 INCHES = {9: (7.2, 5.9)}
 PAPER_RUNG = "flexwin"
@@ -54,15 +55,15 @@ class Statistic(NamedTuple):
 def statistics_of(run: Run, options: Options) -> tuple[Statistic, ...]:
     """What is compared, the exponent on the main window first."""
     ranks = ranks_of(run, options.window)
+    theirs = gradient_ranks(run)
+    alpha = f"gradient alpha {theirs[0]}-{theirs[1]}" if theirs else "gradient alpha"
     act, grad = (ACTIVATION, None), (GRADIENT, ATTENTION)
     return (
         Statistic(f"alpha {ranks[0]}-{ranks[1]}", *act, lambda v: fit_power_law(v, *ranks).alpha),
         Statistic(f"alpha {HEAD[0]}-{HEAD[1]}", *act, lambda v: fit_power_law(v, *HEAD).alpha),
         Statistic("top-10 share", *act, lambda v: topk_share(v, TOP)),
         Statistic("ln RankMe", *act, lambda v: log(rankme(v))),
-        Statistic(
-            "gradient alpha", *grad, lambda v: fit_power_law(v, *gradient_window(v.size)).alpha
-        ),
+        Statistic(alpha, *grad, lambda v: fit_power_law(v, *gradient_window(v.size)).alpha),
         Statistic("gradient top 10", *grad, lambda v: topk_share(v, TOP)),
         Statistic("gradient ln RankMe", *grad, lambda v: log(rankme(v, GRAM_FLOOR))),
     )
@@ -83,6 +84,12 @@ class Look(NamedTuple):
     def spectrum(self, run: Run, kind: str, matrix: str | None) -> np.ndarray | None:
         """The last layer's spectrum of a run there, None where it was not measured."""
         return spectrum(run, early_row(run, self.tokens), kind, matrix)
+
+    @property
+    def span(self) -> str:
+        """The tokens of the rows that are compared, in words."""
+        rows = (early_row(run, self.tokens) for run in self.family.chosen)
+        return span_text(row.tokens for row in rows if row is not None)
 
     def spread(self, statistic: Statistic) -> Spread:
         """How a statistic varies over seeds and over batches."""
@@ -125,7 +132,7 @@ def draw_9(figure: Figure, study: Study, options: Options) -> list[Claim]:
         _draw_spectra(ax, late, kind, matrix, label)
     first, last = ranks_of(seeds[0], options.window)
     axes[0, 1].axvspan(first, last, color=SHADE, lw=0, zorder=0)
-    where = f"at {short_count(late.tokens)} tokens"
+    where = f"at {late.span} tokens"
     axes[0, 1].set_title(f"(b) activations {where}")
     axes[1, 0].set_title(f"(c) gradients of $W_O$ {where}")
     statistics = statistics_of(seeds[0], options)
@@ -159,12 +166,9 @@ def _first_seeds(study: Study, cell: Cell) -> list[Run]:
 
 
 def _looks(study: Study, seeds, batches, options: Options) -> list[Look]:
-    """At the study's early tokens, where it has any, and at the most that all runs have come to."""
-    runs = (*seeds, *batches)
+    """At the study's early tokens, where it has any, and at the most that all runs share."""
     family = replace(study, runs=tuple(r for r in study.runs if r.family == seeds[0].family))
-    counts = sorted({row.tokens for run in runs for row in run.steps}, reverse=True)
-    shared = (n for n in counts if n > 0 and all(early_row(run, n) is not None for run in runs))
-    late = next(shared, None)
+    late = late_tokens([run.steps for run in family.chosen if run.steps])
     if late is None:
         raise Missing("runs that were measured at equal tokens; these share no measured step")
     early = options.tokens or study.config.get("early_tokens")
@@ -219,7 +223,7 @@ def _draw_ratios(ax, looks: Sequence[Look], statistics: Sequence[Statistic]) -> 
         colour, shape, offset = marks[look.name]
         ratios = np.array([look.spread(statistic).ratio for statistic in statistics])
         kept = np.flatnonzero(np.isfinite(ratios) & (ratios > 0))
-        name = f"{look.name}, {short_count(look.tokens)} tokens"
+        name = f"{look.name}, {look.span} tokens"
         ax.plot(ratios[kept], kept + offset, ls="", marker=shape, color=colour, label=name)
     ax.axvline(1, color=FAINT, lw=0.8)
     ax.set_xscale("log")
@@ -233,10 +237,10 @@ def _draw_ratios(ax, looks: Sequence[Look], statistics: Sequence[Statistic]) -> 
 
 def _claim(cell: Cell, look: Look, statistic: Statistic) -> Claim:
     spread = look.spread(statistic)
-    batches, freedom = len(look.batches), _freedom(look.family)
-    test = variance_test(spread.ratio, batches - 1, freedom)
+    batches, freedom = spread.batch_freedom + 1, spread.freedom  # of one family
+    test = variance_test(spread.ratio, spread.batch_freedom, freedom)
     outcome = verdict(test.statistic, test.p, 0.0)
-    where = f"at {short_count(look.tokens)} tokens"
+    where = f"at {look.span} tokens"
     control = f"seed sd {number(spread.seeds, '.3f')} with {words(freedom, 'degree')} of freedom"
     return Claim(
         "9", f"{cell.family.name}: alpha {where} differs more between batches than between seeds",
@@ -249,20 +253,14 @@ def _claim(cell: Cell, look: Look, statistic: Statistic) -> Claim:
     )  # fmt: skip
 
 
-def _freedom(family: Study) -> int:
-    """Degrees of freedom of the sd over seeds, pooled over the cells of a family."""
-    counts = [sum(run.cell == cell for run in family.chosen) for cell in
-              {run.cell for run in family.chosen}]  # fmt: skip
-    return sum(count - 1 for count in counts)
-
-
 def _caption_text(study: Study, cell: Cell, looks: Sequence[Look], options: Options) -> str:
     late = looks[-1]
     ranks = ranks_text(ranks_of(late.seeds[0], options.window), options.window)
     parts = [
         f"n = {words(len(late.seeds), 'seed')} (weights and data order) of {cell.name}, "
         f"{words(len(late.batches), 'batch')} of {cell.family.name} (others dashed, lowest seed); "
-        f"last layer, main window: ranks {ranks}, shaded; aligned by tokens."
+        f"last layer, main window: ranks {ranks}, shaded; aligned by "
+        f"tokens ({', '.join(f'{look.name} rows at {look.span}' for look in looks)})."
     ]
     for kind, matrix, name in ((ACTIVATION, None, "activations"), (GRADIENT, ATTENTION, "$W_O$")):
         found = [

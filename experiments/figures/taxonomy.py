@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
-from math import comb, isfinite, log
+from math import comb, expm1, isfinite, log, log1p, nan
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.efficiency import crossing_tokens, matched_row
 from experiments.figures.options import Options, of_tiers, target_of, tolerance_of
+from experiments.figures.speed import steady_throughput
 from experiments.figures.trajectories import Member, token_best
 from experiments.statistics import seed_floor, seed_pairs, seed_spread
 from experiments.study_records import ACTIVATION, GRADIENT, Run, Study
@@ -28,7 +29,7 @@ from lens_jax.step_files import StepFile
 from models.ladder import LADDERS
 
 DELTA = 0.02
-"""Gain from which on it counts, unless twice its seed error is more."""
+"""Gain from which on it counts, where it is beyond twice its seed error too."""
 
 LED, ALIKE = 3.0, 1.2
 """Shifts in seed floors from which a spectrum has moved, and within which two moved alike."""
@@ -36,25 +37,9 @@ LED, ALIKE = 3.0, 1.2
 HEAD, TOP = (1, 10), 10
 ATTENTION, MLP = "attn/c_proj", "mlp/c_proj"
 PREFIX = ("baseline", "rope", "muon", "untied")
-SKIPPED_STEPS = 10  # the first ones compile
 
 
 # Gains
-
-
-def steady_throughput(run: Run) -> float:
-    """Returns tokens a second by the median step at the widest window, NaN where none was timed.
-
-    The first steps, which compile, are left out as long as there are others.
-    """
-    times = run.train.get("step_time_s", np.empty(0))
-    blocks = run.train.get("window_blocks", np.full(times.shape, np.nan))
-    kept = np.isfinite(times) & (times > 0)
-    if np.any(np.isfinite(blocks)):
-        kept &= blocks == np.nanmax(blocks)
-    late = kept & (run.train["step"] >= SKIPPED_STEPS) if times.size else kept
-    kept = late if np.any(late) else kept
-    return run.tokens_per_step / float(np.median(times[kept])) if np.any(kept) else float("nan")
 
 
 def log_gain(before: Sequence[float], after: Sequence[float]) -> float:
@@ -64,19 +49,34 @@ def log_gain(before: Sequence[float], after: Sequence[float]) -> float:
     return gain if isfinite(gain) else float("nan")
 
 
-def kind_of(tokens: float, throughput: float, least: tuple[float, float]) -> str:
-    """Returns the kind of a transition from its token and throughput gains and their thresholds."""
+def direction(gain: float, error: float) -> int:
+    """Returns 1 for a gain, -1 for a loss, and 0 for what is within DELTA or twice its error.
+
+    gain: a ratio less 1; error: one seed sd of its ln, NaN where there is none to judge by.
+    """
+    if abs(gain) <= DELTA or abs(log1p(gain)) <= 2 * error:
+        return 0
+    return 1 if gain > 0 else -1
+
+
+def interval(gain: float, error: float) -> tuple[float, float]:
+    """Returns the gains between which one lies by twice its error of ln(1 + gain), NaN as 0."""
+    middle, reach = log1p(gain), 2 * error if isfinite(error) else 0.0
+    return expm1(middle - reach), expm1(middle + reach)
+
+
+def kind_of(tokens: float, throughput: float, errors: tuple[float, float] = (nan, nan)) -> str:
+    """Returns the kind of a transition from its token and throughput gains and their errors."""
     if not (isfinite(tokens) and isfinite(throughput)):
         return "not measured"
-    more = tokens > least[0], throughput > least[1]
-    less = tokens < -least[0], throughput < -least[1]
-    if all(more):
+    learning, speed = direction(tokens, errors[0]), direction(throughput, errors[1])
+    if learning == speed == 1:
         return "joint"
-    if (more[0] and less[1]) or (more[1] and less[0]):
+    if {learning, speed} == {1, -1}:
         return "tradeoff"
-    if more[0]:
+    if learning == 1:
         return "learning-side"
-    return "throughput-side" if more[1] else "null"
+    return "throughput-side" if speed == 1 else "null"
 
 
 def led_by(activation: float, gradient: float) -> str:
@@ -204,8 +204,8 @@ class Transition(NamedTuple):
     """From one rung to the next that the study has.
 
     tokens, throughput, time: gains, the ratio less 1; equal_batch: the token gain at the batch of
-    `before` where `after` has it; least: thresholds of the first two; errors: one seed sd of the
-    first two, NaN without seeds; shifts: JSD at equal loss in seed floors; changes: of SHAPES.
+    `before` where `after` has it; errors: one seed sd of ln(1 + gain) of the first two, NaN without
+    seeds; shifts: JSD at equal loss in seed floors; changes: of SHAPES.
     """
 
     before: Member
@@ -214,7 +214,6 @@ class Transition(NamedTuple):
     throughput: float
     time: float
     equal_batch: float
-    least: tuple[float, float]
     errors: tuple[float, float]
     divergences: dict[tuple[str, str | None], float]
     shifts: dict[tuple[str, str | None], float]
@@ -227,7 +226,7 @@ class Transition(NamedTuple):
     @property
     def kind(self) -> str:
         """learning-side, throughput-side, joint, tradeoff, null, or not measured."""
-        return kind_of(self.tokens, self.throughput, self.least)
+        return kind_of(self.tokens, self.throughput, self.errors)
 
     @property
     def led(self) -> str:
@@ -281,8 +280,7 @@ def _transition(study, before: Member, after: Member, noise, matched, target) ->
     return Transition(
         before, after, np.expm1(tokens), np.expm1(speed), np.expm1(tokens + speed),
         _equal_batch(study, before, after, target),
-        tuple(max(DELTA, 2 * error) if isfinite(error) else DELTA for error in errors), errors,
-        moved, {key: own / noise.floors[key] for key, own in moved.items()}, changes,
+        errors, moved, {key: own / noise.floors[key] for key, own in moved.items()}, changes,
     )  # fmt: skip
 
 

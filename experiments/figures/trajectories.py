@@ -4,7 +4,8 @@ What the atlases (figures 13 to 16) and the weight figure (17) draw; no matplotl
 gradients are twice those of their singular values, so that they compare with eigenvalues'.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from experiments.study_records import ACTIVATION, GRADIENT, Family, Run, Study
 from lens_jax.alignment import at_tokens
 from lens_jax.correlations import spearman
 from lens_jax.fits import GRAM_FLOOR, fit_power_law, rankme
-from lens_jax.saved_run import gradient_window
+from lens_jax.saved_run import gradient_window, short_count
 from lens_jax.step_files import StepFile
 
 DEEP_WINDOW = (200, 400)
@@ -33,6 +34,11 @@ class Member(NamedTuple):
     def first(self) -> Run:
         """The run of the lowest seed."""
         return self.runs[0]
+
+    @property
+    def reached(self) -> bool:
+        """Whether all its runs came to the target; else no batch of the family has."""
+        return isfinite(self.tokens)
 
 
 def token_best(study: Study, family: Family, options: Options) -> Member | None:
@@ -55,6 +61,12 @@ def token_best(study: Study, family: Family, options: Options) -> Member | None:
         order = (np.isnan(tokens), np.nan_to_num(tokens), loss, batch)
         found.append((order, Member(family, tuple(runs), tokens)))
     return min(found, key=lambda cell: cell[0])[1] if found else None
+
+
+def missed_text(members: Sequence[Member]) -> str:
+    """Names the families that stand at the batch of the lowest last loss, for want of a target."""
+    names = [member.family.name for member in members if not member.reached]
+    return f"Target not reached or run not ended: {', '.join(names)}." if names else ""
 
 
 # Statistics along training
@@ -103,6 +115,37 @@ def measured(run: Run, kind: str, matrix: str | None = None) -> list[StepFile]:
         return []
     site = run.final_site(kind, matrix)
     return [row for row in run.steps if row.has(kind, site)]
+
+
+def gradient_ranks(run: Run) -> tuple[int, int] | None:
+    """Returns the ranks that alphas of a run's gradients are fitted on, None without gradients."""
+    rows = measured(run, GRADIENT, OUTPUT)
+    if not rows:
+        return None
+    return gradient_window(rows[-1].array(GRADIENT, run.final_site(GRADIENT, OUTPUT)).size)
+
+
+def late_tokens(runs: Sequence[Sequence[StepFile]]) -> int | None:
+    """Returns the most training tokens at which every run has a row, None where there are none.
+
+    Rows of exactly these tokens, for over the 18 % that a near one may be off a spectrum moves by
+    itself; near ones only where runs share no count at all.
+    """
+    counts = [{row.tokens for row in rows if row.tokens > 0} for rows in runs]
+    if shared := set.intersection(*counts):
+        return max(shared)
+    near = (
+        tokens
+        for tokens in sorted(set.union(*counts), reverse=True)
+        if all(at_tokens(rows, tokens) for rows in runs)
+    )
+    return next(near, None)
+
+
+def span_text(tokens: Iterable[float]) -> str:
+    """Writes token counts as one where they are one, else from the least to the most."""
+    tokens = list(tokens)
+    return " to ".join(dict.fromkeys(short_count(end) for end in (min(tokens), max(tokens))))
 
 
 def follow(run: Run, statistic: Statistic, window) -> tuple[np.ndarray, np.ndarray]:

@@ -13,15 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.figures.page import Options, caption, family_line, seeds_text, title
-from experiments.figures.trajectories import Member, measured, token_best
+from experiments.figures.page import Options, caption, family_line, seeds_text, title, words
+from experiments.figures.trajectories import (
+    Member,
+    late_tokens,
+    measured,
+    missed_text,
+    span_text,
+    token_best,
+)
 from experiments.study_records import WEIGHT, Run, Study
 from lens_jax.alignment import RATIO_TOLERANCE, at_tokens
 from lens_jax.axis_style import SHADE, rank_axes, visible
 from lens_jax.claims import Claim, Missing, number, p_text, verdict
 from lens_jax.correlations import UNDEFINED, PermutationTest, spearman_exact_p
 from lens_jax.fits import fit_power_law, jsd
-from lens_jax.saved_run import short_count
 from lens_jax.step_files import StepFile
 
 INCHES = {17: (7.2, 6.4)}
@@ -83,20 +89,17 @@ def _rows(run: Run, matrix: str) -> list[StepFile]:
 def find_looks(members: Sequence[Member]) -> list[Look]:
     """Returns the looks that at least two variants were measured at, the end first.
 
-    Equal tokens: the most that all runs have come to. Both early looks take the nearest row, not
-    further than RATIO_TOLERANCE in the logarithm.
+    The end is the target, so variants that did not reach it are not in it. Equal tokens: the most
+    that all runs were measured at. A step may be off the published one by RATIO_TOLERANCE in ln.
     """
     rows = {m.first.name: _rows(m.first, MATRICES[0][0]) for m in members}
-    tokens = min(own[-1].tokens for own in rows.values())
-    equal = {name: at_tokens(own, tokens) for name, own in rows.items()}
-    looks = [
-        Look("at the end", "o", True, {name: own[-1] for name, own in rows.items()}),
-        Look(
-            f"at {short_count(tokens)} tokens", "D", False,
-            {name: match.row for name, match in equal.items() if match},
-        ),
-        Look(f"at step {PUBLISHED_STEP}", "s", False, _at_step(rows, PUBLISHED_STEP)),
-    ]  # fmt: skip
+    ends = {m.first.name: rows[m.first.name][-1] for m in members if m.reached}
+    looks = [Look("at the end", "o", True, ends)]
+    if tokens := late_tokens(list(rows.values())):
+        equal = {name: at_tokens(own, tokens).row for name, own in rows.items()}
+        where = f"at {span_text(row.tokens for row in equal.values())} tokens"
+        looks.append(Look(where, "D", False, equal))
+    looks.append(Look(f"at step {PUBLISHED_STEP}", "s", False, _at_step(rows, PUBLISHED_STEP)))
     return [look for look in looks if len(look.rows) > 1]
 
 
@@ -173,8 +176,7 @@ def _claim(members: Sequence[Member], look: Look) -> Claim:
     divergences = [_mean_jsd(members, look, matrix) for matrix, _ in MATRICES]
     return Claim(
         "17", f"{look.name}, the MLP output separates variants more than W_O", count,
-        max(len(member.runs) for member in members), "1-10", test.statistic, test.p, control,
-        outcome,
+        1, "1-10", test.statistic, test.p, control, outcome,
         f"{outcome.capitalize()}: sd of head exponents over {count} variants {look.name}: MLP out "
         f"{number(mlp, '.3f')}, W_O {number(output, '.3f')}; rho(sum, difference) = "
         f"{number(test.statistic)}, {p_text(test)} over orders; mean JSD between variants "
@@ -189,7 +191,10 @@ def _seed_ranges(members: Sequence[Member]) -> str:
         return "not known, one seed each"
     found = []
     for matrix, name in MATRICES:
-        ends = [[head_alpha(r, _rows(r, matrix)[-1], matrix) for r in m.runs] for m in repeated]
+        ends = [
+            [head_alpha(r, own[-1], matrix) for r in m.runs if (own := _rows(r, matrix))]
+            for m in repeated
+        ]
         found.append(f"{name.strip('$')} {max(max(own) - min(own) for own in ends):.3f}")
     return ", ".join(found)
 
@@ -198,13 +203,18 @@ def _caption_text(members: Sequence[Member], looks: Sequence[Look]) -> str:
     seeds = seeds_text([run for member in members for run in member.runs])
     named = {"o": "filled circles", "D": "diamonds", "s": "squares"}
     marks = "; ".join(f"{named[look.marker]} {look.name}" for look in looks)
-    batches = ", ".join(f"{m.family.rung} {m.first.batch}" for m in members)
+    reached = [member for member in members if member.reached]
+    batches = ", ".join(f"{m.family.rung} {m.first.batch}" for m in reached)
+    missed = missed_text(members)
     near = any(look.marker == "s" for look in looks)
     parts = [
-        f"n = {len(members)} variants at the batch that needed the fewest tokens ({batches}), "
-        f"{seeds} (bars: their range at the end)."
+        f"n = {words(len(reached), 'variant')} at the batch that needed the fewest tokens "
+        f"({batches or 'none'}), {seeds} (bars: their range at the end)."
         " Marks of a and b stand beside the names; singular values over their sum; head: ranks "
         f"1-10 at every width (shaded). {marks.capitalize()}.",
+        f"{missed} Theirs is the batch of the lowest last loss; not in the look at the end."
+        if missed
+        else "",
         "" if near else f"Fewer than two variants were measured near step {PUBLISHED_STEP}.",
     ]
     return " ".join(part for part in parts if part)

@@ -19,13 +19,15 @@ COLUMNS = (
 def table_rows(study: Study) -> list[dict]:
     """One row a chosen run, in the order of rungs, tiers, batches and seeds.
 
-    excess: tokens to the target against the least of its family, minus 1. Empty where there is no
-    number: a run that has not ended, or has not reached the target.
+    excess: tokens to the target against the least of its family and seed, minus 1. Empty where
+    there is no number: a run that has not ended, or has not reached the target, or no other batch
+    to compare with.
     """
     excess = {}
     if study.target_loss is not None:
-        for family in study.families:
-            excess |= excess_tokens(study.of(family), study.target_loss)
+        for family, seed in {(run.family, run.seed) for run in study.chosen}:
+            runs = study.of(family, seed)
+            excess |= excess_tokens(runs, study.target_loss) if len(runs) > 1 else {}
     return [_row(study, run, excess) for run in study.chosen]
 
 
