@@ -21,10 +21,11 @@ from lens_jax.records import write_step
 from lens_jax.saved_run import layer_name
 from lens_jax.step_files import StepFile
 from models.atomic_files import write_bytes_atomic
+from models.claimed_folder import copy_config
 from models.command_line import UsageError, check_path, read_command, run_command
 
-SMALL_FILES = ("config.json", "selected.json", "pruned.json", "table.csv")
-RUN_FILES = ("config.json", "result.json", "nonfinite.json")
+SMALL_FILES = ("selected.json", "pruned.json", "table.csv")
+RUN_FILES = ("result.json", "nonfinite.json")
 TRAIN_KEYS = (
     *("kind", "step", "tokens", "loss", "grad_norm", "lr_embed", "lr_matrix"),
     *("window_blocks", "step_time_s", "tokens_per_s"),
@@ -54,6 +55,8 @@ class PackConfig:
 
 def pack(study: Study, out: Path, rows: int) -> int:
     """Writes the records of a study and returns their bytes."""
+    if (study.path / "config.json").is_file():
+        copy_config(study.path / "config.json", out / "config.json")
     for name in SMALL_FILES:
         if (study.path / name).is_file():
             _copy(study.path / name, out / name)
@@ -62,6 +65,7 @@ def pack(study: Study, out: Path, rows: int) -> int:
         place = out / "runs" / run.name
         if place.exists():
             shutil.rmtree(place)
+        copy_config(run.path / "config.json", place / "config.json")
         for name in RUN_FILES:
             if (run.path / name).is_file():
                 _copy(run.path / name, place / name)

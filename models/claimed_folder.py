@@ -25,6 +25,13 @@ def read_kept(path: Path, mend: str = "remove it, or choose another out=") -> di
     raise UsageError(f"{path} is damaged; {mend}")
 
 
+def copy_config(source: Path, target: Path) -> None:
+    """Copies a config.json without the place that its folder had: out= is auto again."""
+    config = read_kept(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, config | ({"out": "auto"} if "out" in config else {}))
+
+
 class ClaimedFolder:
     """Held by one program at a time; use it as a context manager.
 

@@ -128,6 +128,7 @@ def test_a_finished_study_trains_nothing_again(unbroken, data, cache):
 def test_a_study_goes_on_from_its_pack(unbroken, data, cache, tmp_path):
     out, whole = tmp_path / "pack", read_study(unbroken)
     pack(whole, out, rows=200)
+    assert not [path for path in out.rglob("*.json") if str(unbroken) in path.read_text()]
     *ended, open_one = whole.chosen
     (out / "runs" / open_one.name / "result.json").unlink()
     results = [out / "runs" / run_.name / "result.json" for run_ in ended]

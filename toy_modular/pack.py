@@ -16,14 +16,15 @@ import numpy as np
 
 from lens_jax.records import write_step
 from models.atomic_files import write_bytes_atomic
+from models.claimed_folder import copy_config
 from models.command_line import UsageError, check_path, read_command, run_command
 from toy_modular.alignment import at_progress
 from toy_modular.records import CURRENT, LAST, LAW, NEXT, SPECTRUM, Row, Run, Study, read_study
 from toy_modular.stages import CORE
 from toy_modular.sweeps import chosen_bands, shared_batch
 
-STUDY_FILES = ("config.json", "selected.json", "table.csv")
-RUN_FILES = ("config.json", "metrics.jsonl", "result.json")
+STUDY_FILES = ("selected.json", "table.csv")
+RUN_FILES = ("metrics.jsonl", "result.json")
 SPECTRA = ((SPECTRUM, LAST), (f"{SPECTRUM}_left_out", LAST))
 THIRDS = (1 / 3, 2 / 3, 1.0)
 
@@ -83,6 +84,8 @@ def _keep(rows: list[Row], names, folder: Path) -> None:
 
 
 def _copy(source: Path, names, target: Path) -> None:
+    if (source / "config.json").is_file():
+        copy_config(source / "config.json", target / "config.json")
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).is_file():
