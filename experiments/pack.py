@@ -3,9 +3,10 @@
     python -m experiments.pack study=runs/study_laptop out=docs/laptop_study
 
 Of every chosen run: its configuration, its result, all validations, at most `rows` training rows,
-and of each measured step the spectra of the layers whose gradients were measured, in float32; error
-bars (spectra with a group of windows left out) and centred gradients of the last layer only. Of the
-trials that were not chosen: metrics. No weights, no eigenvectors. What is there is replaced.
+and of each measured step the spectra of the layers whose gradients were measured, in float32.
+Error bars (spectra with a group of windows left out) and centred gradients are kept of the last
+layer, those of gradients at the last step only. Of the trials that were not chosen: metrics. No
+weights, no eigenvectors. What is there is replaced.
 A study goes on from a pack: what has ended is not repeated, the other members begin again.
 """
 
@@ -30,10 +31,9 @@ TRAIN_KEYS = (
     *("kind", "step", "tokens", "loss", "grad_norm", "lr_embed", "lr_matrix"),
     *("window_blocks", "step_time_s", "tokens_per_s"),
 )
-KINDS = (ACTIVATION, "act_last_cov_eigenvalues", "act_mean_sq", GRADIENT, "weight_singular_values")
-LAST_LAYER_KINDS = (
-    *(f"{ACTIVATION}_left_out", f"{GRADIENT}_centred", f"{GRADIENT}_left_out", "grad_mean_sq"),
-)
+KINDS = (ACTIVATION, "act_last_cov_eigenvalues", GRADIENT, "weight_singular_values")
+LAST_LAYER_KINDS = (f"{ACTIVATION}_left_out", f"{GRADIENT}_centred")
+LAST_STEP_KINDS = (f"{GRADIENT}_left_out",)  # large; figures take the seed floor's from it
 
 
 @chz.chz
@@ -82,11 +82,14 @@ def kept_arrays(run: Run, row: StepFile) -> dict[str, np.ndarray]:
         layer_name(site) for site in run.sites(ACTIVATION)
     }
     last = {layer_name(run.final_site(kind)) for kind in (ACTIVATION, GRADIENT) if run.sites(kind)}
+    kinds = LAST_LAYER_KINDS
+    if row.step == run.steps[-1].step:
+        kinds += LAST_STEP_KINDS
     found = {}
     for name in sorted(row.names):
         kind, _, site = name.partition("/")
         kept = kind in KINDS and layer_name(site) in layers
-        if kept or (kind in LAST_LAYER_KINDS and layer_name(site) in last):
+        if kept or (kind in kinds and layer_name(site) in last):
             found[name] = row.array(kind, site).astype(np.float32)
     return found
 
