@@ -42,7 +42,7 @@ class PackConfig:
 
     study: str | None = chz.field(default=None, doc="folder of the study")
     out: str | None = chz.field(default=None, doc="folder for its records")
-    rows: int = chz.field(default=200, doc="training rows kept of a run, at even distances")
+    rows: int = chz.field(default=100, doc="training rows kept of a run, at even distances")
 
     @chz.validate
     def _ranges(self):
@@ -72,7 +72,8 @@ def pack(study: Study, out: Path, rows: int) -> int:
         _pack_metrics(run, place, rows)
         if run.name in chosen:
             for row in run.steps:
-                write_step(place / "spectra", row.step, kept_arrays(run, row), row.meta)
+                arrays = kept_arrays(run, row)
+                write_step(place / "spectra", row.step, arrays, row.meta, compress=True)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

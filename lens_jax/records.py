@@ -76,11 +76,14 @@ def step_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:08d}.npz"
 
 
-def write_step(folder: str | Path, step: int, arrays: Arrays, meta: Mapping) -> Path:
+def write_step(
+    folder: str | Path, step: int, arrays: Arrays, meta: Mapping, *, compress: bool = False
+) -> Path:
     """Writes one step's arrays and meta, atomically; float32 stays, other real dtypes widen.
 
     `meta` must be JSON data and hold `tokens`; `step` is added to it. A file of the same step is
     replaced. Whenever the process dies, the folder has the old file or the new one, never a part.
+    compress: smaller by a seventh and slower, for records that are kept; they read the same.
     Raises ValueError for a name that is not `<kind>/<site>`, an array that is not real numbers, or
     a meta without `tokens`.
     """
@@ -101,7 +104,7 @@ def write_step(folder: str | Path, step: int, arrays: Arrays, meta: Mapping) -> 
     partial = folder / f".{path.name}.tmp"
     try:
         with open(partial, "wb") as file:
-            np.savez(file, **entries)
+            (np.savez_compressed if compress else np.savez)(file, **entries)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -36,6 +36,18 @@ def test_round_trip_is_exact(tmp_path):
     assert os.listdir(path.parent) == ["step_00000250.npz"]
 
 
+def test_compressed_records_are_smaller_and_read_the_same(tmp_path):
+    arrays = {"act_cov_eigenvalues/h_0": np.zeros(500, np.float32)}
+    sizes = []
+    for compress in (False, True):
+        path = write_step(tmp_path / str(compress), 1, arrays, {"tokens": 5}, compress=compress)
+        sizes.append(path.stat().st_size)
+        meta, found = read_step(path)
+        np.testing.assert_array_equal(found["act_cov_eigenvalues/h_0"], np.zeros(500))
+        assert meta["tokens"] == 5
+    assert sizes[1] < sizes[0] / 2
+
+
 def test_file_opens_with_plain_numpy(tmp_path):
     with np.load(write_step(tmp_path, 1, arrays(), META)) as file:
         assert file["act_mean_sq/h_0/resid_post"] == 1.5

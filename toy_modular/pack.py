@@ -80,7 +80,7 @@ def _keep(rows: list[Row], names, folder: Path) -> None:
             for kind, site in names
             if row.has(kind, site)
         }
-        write_step(folder, row.step, arrays, row.meta)
+        write_step(folder, row.step, arrays, row.meta, compress=True)
 
 
 def _copy(source: Path, names, target: Path) -> None:

@@ -137,7 +137,7 @@ def _draw_family(ax, family: Family, curves: list[Curve], target: float | None) 
     for place, batch in enumerate(batches):
         style = batch_line(place, len(batches))
         handles.append(line_handle(style["color"], "-", style["marker"], f"B {batch}"))
-    ax.legend(handles=handles, loc="upper right", handlelength=1.4, borderaxespad=0.0)
+    ax.legend(handles=handles, loc="best", handlelength=1.4)
     ax.set_title(family.name)
     ax.set_ylabel("validation loss" if curves[0].validated else "training loss, smoothed")
 
