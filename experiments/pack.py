@@ -4,9 +4,9 @@
 
 Of every chosen run: its configuration, its result, all validations, at most `rows` training rows,
 and of each measured step the spectra of the layers whose gradients were measured, in float32.
-Error bars (spectra with a group of windows left out) and centred gradients are kept of the last
-layer, those of gradients at the last step only. Of the trials that were not chosen: metrics. No
-weights, no eigenvectors. What is there is replaced.
+Weight spectra, centred gradients and error bars (spectra with a group of windows left out) are kept
+of the last layer, error bars of gradients at the last step only. Of the trials that were not
+chosen: metrics. No weights, no eigenvectors. What is there is replaced.
 A study goes on from a pack: what has ended is not repeated, the other members begin again.
 """
 
@@ -31,8 +31,8 @@ TRAIN_KEYS = (
     *("kind", "step", "tokens", "loss", "grad_norm", "lr_embed", "lr_matrix"),
     *("window_blocks", "step_time_s", "tokens_per_s"),
 )
-KINDS = (ACTIVATION, "act_last_cov_eigenvalues", GRADIENT, "weight_singular_values")
-LAST_LAYER_KINDS = (f"{ACTIVATION}_left_out", f"{GRADIENT}_centred")
+KINDS = (ACTIVATION, "act_last_cov_eigenvalues", GRADIENT)
+LAST_LAYER_KINDS = (f"{ACTIVATION}_left_out", f"{GRADIENT}_centred", "weight_singular_values")
 LAST_STEP_KINDS = (f"{GRADIENT}_left_out",)  # large; figures take the seed floor's from it
 
 
@@ -42,7 +42,7 @@ class PackConfig:
 
     study: str | None = chz.field(default=None, doc="folder of the study")
     out: str | None = chz.field(default=None, doc="folder for its records")
-    rows: int = chz.field(default=100, doc="training rows kept of a run, at even distances")
+    rows: int = chz.field(default=200, doc="training rows kept of a run, at even distances")
 
     @chz.validate
     def _ranges(self):
@@ -54,7 +54,7 @@ class PackConfig:
 
 
 def pack(study: Study, out: Path, rows: int) -> int:
-    """Writes the records of a study and returns their bytes."""
+    """Writes the records of a study and returns their bytes; what else lies there stays."""
     if (study.path / "config.json").is_file():
         copy_config(study.path / "config.json", out / "config.json")
     for name in SMALL_FILES:
@@ -74,7 +74,9 @@ def pack(study: Study, out: Path, rows: int) -> int:
             for row in run.steps:
                 arrays = kept_arrays(run, row)
                 write_step(place / "spectra", row.step, arrays, row.meta, compress=True)
-    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    top = [out / name for name in ("config.json", *SMALL_FILES)]
+    written = [path for path in (*top, *(out / "runs").rglob("*")) if path.is_file()]
+    return sum(path.stat().st_size for path in written)
 
 
 def kept_arrays(run: Run, row: StepFile) -> dict[str, np.ndarray]:

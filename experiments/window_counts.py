@@ -134,6 +134,13 @@ def draw_windows(source: str, count: int, config: WindowConfig, stream: int):
     return tokens[np.random.default_rng([config.seed, 2, stream]).permutation(count)], files
 
 
+def sample_names(config: WindowConfig, data: tuple[str, str]) -> tuple[str, str]:
+    """What the samples are called: their data, or their files where both are of the same data."""
+    if data[0] != data[1]:
+        return data
+    return Path(config.a).stem, Path(config.b).stem
+
+
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError on bad words."""
     config = read_command(WindowConfig, __doc__, argv, ("a", "b", "out"), "give a=, b= and out=")
@@ -149,10 +156,11 @@ def main(argv: list[str]) -> int:
     found = compare(first, other, files.vocab_size, config.resamples, config.seed, print)
     arrays = {f"{KIND}/a": found.a, f"{KIND}/b": found.b, NULL: found.null}
     arrays[DIVERGENCE] = np.float64(found.divergence)
+    names = sample_names(config, (files.name, other_files.name))
     meta = {
         "tokens": 0,
-        "a": files.name,
-        "b": other_files.name,
+        "a": names[0],
+        "b": names[1],
         "windows": config.windows,
         "window": config.window,
         "vocab_size": files.vocab_size,
@@ -160,7 +168,7 @@ def main(argv: list[str]) -> int:
     }
     path = write_step(Path(config.out), 0, arrays, meta)
     print(
-        f"JSD {found.divergence:.3g} between {files.name} and {other_files.name}, "
+        f"JSD {found.divergence:.3g} between {names[0]} and {names[1]}, "
         f"{np.median(found.null):.3g} between random halves of the first, p = {found.p:.2g}: {path}"
     )
     return 0

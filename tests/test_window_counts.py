@@ -8,7 +8,14 @@ from synthetic_language_study import make_study
 
 from experiments.figures.__main__ import main as figures
 from experiments.shards import write_shard
-from experiments.window_counts import compare, gram_of_counts, main, spectrum
+from experiments.window_counts import (
+    WindowConfig,
+    compare,
+    gram_of_counts,
+    main,
+    sample_names,
+    spectrum,
+)
 from lens_jax.fits import jsd
 from models.command_line import UsageError
 
@@ -87,6 +94,12 @@ def test_the_record_of_the_command_makes_figure_5(shards, tmp_path, capsys):
 def test_bad_words_end_in_one_line(words, said):
     with pytest.raises(UsageError, match=said):
         main(words)
+
+
+def test_two_samples_of_one_source_are_told_apart():
+    config = WindowConfig(a="mix/train_1.bin", b="mix/train_2.bin")
+    assert sample_names(config, ("mix", "mix")) == ("train_1", "train_2")
+    assert sample_names(config, ("mix", "web")) == ("mix", "web")
 
 
 def test_too_short_a_text_is_named(shards, tmp_path):

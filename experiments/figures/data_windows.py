@@ -6,6 +6,7 @@ spec, figure 5.
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.figures.options import Options
 from experiments.figures.page import caption, title
@@ -47,6 +48,8 @@ def _draw_null(ax, row: StepFile) -> None:
     ax.axvline(observed, color=VERMILLION, label="first against second")
     ax.set(xlabel="JSD of spectra (nats)", ylabel="count", xlim=(0, None))
     ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_title("(b) against chance")
     # the observed value may lie anywhere, so its line goes behind the words
     ax.legend(loc="upper right", frameon=True, framealpha=1.0, edgecolor="none")
