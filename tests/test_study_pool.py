@@ -1,11 +1,11 @@
 """How runs of a study share a machine."""
 
-import os
-import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+from tiny_runs import ROOT
 
 from experiments import devices
 from experiments.study import pool
@@ -76,16 +76,29 @@ def test_what_a_run_said_last_is_of_this_time_and_its_error_first(tmp_path):
     assert pool.last_line(tmp_path / "none") == ""
 
 
+LAST_OUTCOME = """
+import os, signal, sys
+from pathlib import Path
+from experiments.study import pool
+place = Path(sys.argv[1])
+task = pool.Task("bad", {"rung": "none"}, place / "run")
+machine = pool.Machine(pool._cores(), [], 1)
+ends = pool.run_tasks([task], machine, place / "logs", place / "compiled", print)
+print(next(ends)[1].error)
+os.kill(os.getpid(), signal.SIGTERM)
+try:
+    next(ends)
+except pool.Stopped as stop:
+    print(stop)
+"""
+
+
 def test_a_signal_that_comes_with_the_last_outcome_stops_the_study(tmp_path):
-    task = pool.Task("bad", {"rung": "none"}, tmp_path / "run")
-    machine = Machine(pool._cores(), [], 1)
-    ends = pool.run_tasks([task], machine, tmp_path / "logs", tmp_path / "compiled", print)
-    _, outcome = next(ends)
-    assert isinstance(outcome, pool.Failed)
-    assert "rung=none" in outcome.error
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(pool.Stopped, match="SIGTERM"):
-        next(ends)
+    argv = [sys.executable, "-c", LAST_OUTCOME, str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    error, stop = done.stdout.splitlines()
+    assert error.startswith("exit code 2: error: rung=none")
+    assert stop == "stopped by SIGTERM", done.stderr
 
 
 def test_without_a_plugin_no_process_is_asked(monkeypatch):
