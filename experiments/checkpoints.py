@@ -27,6 +27,7 @@ from experiments.processes import share
 from models.command_line import UsageError
 
 _SPARE_BYTES = 1 << 20  # what metadata and directory entries of one saved step may take
+_DROPPED = "dropped"  # steps no longer kept are moved here, so that a kill leaves none half removed
 
 
 class Checkpoints:
@@ -56,6 +57,7 @@ class Checkpoints:
             preservation_policy=_Newest(keep),
             create=not read_only,
             cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else _DROPPED,
             read_only=read_only,
         )
         handlers = {
@@ -74,6 +76,7 @@ class Checkpoints:
             raise UsageError(
                 f"cannot use {self.folder} for checkpoints: {reason}; choose another out="
             ) from error
+        self._remove_dropped()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -127,6 +130,7 @@ class Checkpoints:
         with self._failed_save_in_one_line():
             self._manager.wait_until_finished()
         self._pending = None
+        self._remove_dropped()
 
     def close(self) -> None:
         """Wait for the save under way, then release orbax's threads; may be called twice."""
@@ -168,6 +172,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for unfinished in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _remove_dropped(self) -> None:
+        if not self._read_only and jax.process_index() == 0:
+            shutil.rmtree(self.folder / _DROPPED, ignore_errors=True)
 
     # Reading
 

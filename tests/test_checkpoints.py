@@ -182,6 +182,23 @@ def test_half_written_steps_are_ignored_and_removed(copy):
     assert not list(copy.glob("*tmp*"))
 
 
+def test_a_step_that_is_no_longer_kept_goes_as_a_whole(tmp_path, monkeypatch):
+    states = [make_state(seed) for seed in range(3)]
+    with monkeypatch.context() as patched:  # as if killed before anything of them was removed
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            for step, state in enumerate(states, start=1):
+                checkpoints.save(step, state, {})
+            checkpoints.wait()
+            assert checkpoints.steps() == [3]
+    assert sorted(path.name for path in (tmp_path / "dropped").iterdir()) == ["1", "2"]
+    shutil.rmtree(tmp_path / "dropped" / "1" / "sums")  # killed half way
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert not (tmp_path / "dropped").exists()
+        assert checkpoints.steps() == [3]
+        assert_bitwise(checkpoints.restore(3, states[2]), states[2])
+
+
 # Other processes
 
 

@@ -254,5 +254,5 @@ def resolve_study(argv: list[str]) -> Study:
         raise UsageError(preset.elsewhere or "the study has no members; give rungs=")
     for cell in study.cells:  # a mistake in any of them is answered before the first one trains
         study.run_config(cell, 0, study.candidates(cell)[0])
-    _ = study.target_loss
+    _ = study.target_loss  # raises where it is not one
     return study
