@@ -13,6 +13,7 @@ repeated: the same command goes on where it was stopped, by Ctrl-C or by a kill.
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from experiments.host_threads import one_blas_thread
@@ -20,7 +21,7 @@ from experiments.study.folder import StudyFolder
 from experiments.study.grid import Member, Study, StudyConfig, resolve_study
 from experiments.study.halving import make_task, search
 from experiments.study.outcome import Outcome
-from experiments.study.pool import Failed, Stopped, Task, run_tasks, this_machine
+from experiments.study.pool import Failed, Machine, Stopped, Task, run_tasks, this_machine
 from experiments.study.table import describe, write_table
 from experiments.study_records import Cell
 from lens_jax.saved_run import short_count
@@ -34,8 +35,12 @@ class Runner:
 
     def __init__(self, study: Study, folder: StudyFolder, note: Note):
         self._study, self._folder, self._note = study, folder, note
-        self._machine = this_machine(study.config.workers)
         self.failures: dict[str, str] = {}  # by folder, of the last time it was tried
+
+    @cached_property
+    def _machine(self) -> Machine:
+        """Looked at where runs train here only: a login node may have no devices to open."""
+        return this_machine(self._study.config.workers)
 
     def train(self, tasks: list[Task], what: str) -> Mapping[str, Outcome | Failed]:
         """Trains what is left of the tasks; outcomes by the names of their folders."""
