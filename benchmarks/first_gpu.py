@@ -46,17 +46,7 @@ import chz
 from gpu_job import ABSENT, SIZES, Job, one_line, say
 
 from models.atomic_files import write_json
-from models.command_line import (
-    Layer,
-    UsageError,
-    build,
-    cast_words,
-    check_report,
-    flatten,
-    help_page,
-    parse_words,
-    run_command,
-)
+from models.command_line import UsageError, check_report, flatten, read_command, run_command
 from models.ladder import ALL_RUNGS
 
 SECONDS = {
@@ -107,10 +97,8 @@ class FirstConfig:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError."""
-    words = parse_words(word for word in argv if word not in ("-h", "--help"))
-    plan, _ = build(FirstConfig, [Layer("typed", cast_words(FirstConfig, words))])
-    if {"-h", "--help"} & set(argv):
-        print(help_page(__doc__, FirstConfig, {}, flatten(plan)))
+    plan = read_command(FirstConfig, __doc__, argv)
+    if plan is None:
         return 0
     command = shlex.join(["python", "benchmarks/first_gpu.py", *argv])
     document = {"command": command, **flatten(plan), "environment": {}, "results": {}}

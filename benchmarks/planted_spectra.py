@@ -46,16 +46,7 @@ import chz
 
 from experiments.host_threads import one_blas_thread
 from models.atomic_files import write_json
-from models.command_line import (
-    Layer,
-    build,
-    cast_words,
-    check_report,
-    flatten,
-    help_page,
-    parse_words,
-    run_command,
-)
+from models.command_line import check_report, flatten, read_command, run_command
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -102,10 +93,8 @@ class PlantedConfig:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError."""
-    words = parse_words(word for word in argv if word not in ("-h", "--help"))
-    plan, _ = build(PlantedConfig, [Layer("typed", cast_words(PlantedConfig, words))])
-    if {"-h", "--help"} & set(argv):
-        print(help_page(__doc__, PlantedConfig, {}, flatten(plan)))
+    plan = read_command(PlantedConfig, __doc__, argv)
+    if plan is None:
         return 0
     one_blas_thread()  # the draws have a thread each
     from first_gpu import environment

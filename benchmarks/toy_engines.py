@@ -25,16 +25,7 @@ import chz
 
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from models.atomic_files import write_json
-from models.command_line import (
-    Layer,
-    build,
-    cast_words,
-    check_report,
-    flatten,
-    help_page,
-    parse_words,
-    run_command,
-)
+from models.command_line import check_report, flatten, read_command, run_command
 from toy_modular.study_config import Kind, resolve
 
 DISPATCH = 10
@@ -74,10 +65,8 @@ class ToyBenchConfig:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code. Raises UsageError."""
-    words = parse_words(word for word in argv if word not in ("-h", "--help"))
-    plan, _ = build(ToyBenchConfig, [Layer("typed", cast_words(ToyBenchConfig, words))])
-    if {"-h", "--help"} & set(argv):
-        print(help_page(__doc__, ToyBenchConfig, {}, flatten(plan)))
+    plan = read_command(ToyBenchConfig, __doc__, argv)
+    if plan is None:
         return 0
     members = make_members(plan)
     from first_gpu import environment

@@ -245,10 +245,11 @@ def read_command(
     For commands all of whose keys are those of `cls`. needed: keys that must be given; mend: what
     to give where one is missing. Raises UsageError.
     """
+    words = parse_words(word for word in argv if word not in ("-h", "--help"))
+    config, _ = build(cls, [Layer("typed", cast_words(cls, words))])
     if {"-h", "--help"} & set(argv):
-        print(help_page(usage, cls, {}, {}))
+        print(help_page(usage, cls, {}, flatten(config)))
         return None
-    config, _ = build(cls, [Layer("typed", cast_words(cls, parse_words(argv)))])
     for key in needed:
         if getattr(config, key) is None:
             raise UsageError(f"{key}= is missing; {mend}")
