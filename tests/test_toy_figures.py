@@ -18,7 +18,7 @@ from toy_modular import figures_factorial, figures_modes, figures_prediction, fi
 from toy_modular.alignment import at_progress, toy_window
 from toy_modular.figures import FIGURES, FigureConfig, draw_figures, main, run_figures
 from toy_modular.mode_tables import (
-    chance_peak,
+    chance_peaks,
     fixed_modes,
     mean_beyond,
     null_peak,
@@ -158,7 +158,13 @@ def test_planted_modes_and_their_nulls(study):
         (white_null(23), 2 / 22, 4 / 22, 4 / 22)
     )
     assert peak(row, "current", BAND) == found.peak
-    assert found.peak > chance_peak(row, "current", BAND).upper > null.peak
+    chance = chance_peaks(row, "current", BAND)
+    assert found.peak > chance["next"].upper > null.peak
+    flat = null_scores(row, "current", BAND, fixed, 2, "current")
+    assert flat == pytest.approx((white_null(23), 2 / 22, 4 / 22, 4 / 22))
+    assert null.peak > chance["current"].upper > flat.peak == null_peak(row, "next", BAND)
+    seen = null_scores(row, "next", BAND, fixed, 2, "current")
+    assert seen == null  # the kernel of one state in the table by the other is the same both ways
     beyond = found.peak - null.peak
     assert mean_beyond(row, "current", [BAND]) == pytest.approx(beyond)
     start = next(run for run in study.stage("baseline") if run.batch == 64).features[0]
@@ -207,14 +213,47 @@ def test_bars_at_steps_leave_out_runs_that_ended_before(study):
         drawn(figures_modes.draw_bars, study, align="steps", steps=(10**6,))
 
 
-def test_main_effects_are_those_planted(cells):
-    claims, _ = drawn(figures_factorial.draw, read_study(cells))
-    found = {claim.claim.partition(":")[0]: claim for claim in claims}
-    assert [claim.n for claim in found.values()] == [8, 12, 12, 8]
-    head = found["untied head"]
-    assert head.verdict == "held"
-    assert head.statistic == pytest.approx(0.5 * 0.35, abs=0.06)
-    assert abs(found["norm after embedding"].statistic) < 0.03
+def test_effects_are_those_planted(cells):
+    study = read_study(cells)
+    claims, figure = drawn(figures_factorial.draw, study)
+    found = {claim.claim.rpartition(":")[0]: claim for claim in claims if "H_peak" in claim.claim}
+    assert [claim.n for claim in found.values()] == [4, 8, 4, 4, 12, 8, 4]
+    assert found["small embedding, untied head"].seeds == 2
+    peaks = {
+        head: np.mean([
+            peak(run.features[-1], "current", BAND)
+            for run in study.runs
+            if run.stage.startswith(f"cell-{head}-std1") and run.stage.endswith("random")
+        ])
+        for head in ("tied", "untied")
+    }  # fmt: skip
+    head = found["untied head, embedding of std 1"]
+    assert head.verdict == "undecided"  # four pairs cannot decide
+    assert head.statistic == pytest.approx(peaks["untied"] - peaks["tied"])
+    assert found["untied head, small embedding"].statistic > 0.1  # 0.35 / 2 is planted
+    assert abs(found["norm after embedding"].statistic) < 0.06
+    tokens = [claim for claim in claims if "tokens" in claim.claim]
+    assert [claim.n for claim in tokens] == [claim.n for claim in found.values()]
+    assert len(panels(figure)) == 3
+
+
+def test_an_effect_is_taken_at_one_level_of_the_other_factor():
+    values = {
+        "tied-std1-nonorm-random": 1.0, "tied-std.09-nonorm-random": 5.0,
+        "untied-std1-nonorm-random": 2.0, "untied-std.09-nonorm-random": 3.5,
+        "untied-std1-nonorm-zero": 2.25,
+    }  # fmt: skip
+    runs = [
+        type("Run", (), {"stage": f"cell-{cell}", "name": cell, "batch": 8, "seed": 0})
+        for cell in values
+    ]
+    found = {e.name: e.differences.tolist() for e in figures_factorial.effects(runs, values)}
+    assert list(found.values()) == [[4.0], [1.5], [1.0], [-1.5], [], [0.25], [2.5]]
+    no_end = figures_factorial.effects(runs, values | {"tied-std.09-nonorm-random": np.nan})
+    assert [e.differences.tolist() for e in no_end] == [[], [1.5], [1.0], [], [], [0.25], []]
+
+
+def test_cells_have_names_of_four_levels():
     with pytest.raises(ValueError, match="stage cell-tied-loud: give cell-HEAD-STD-NORM-START"):
         figures_factorial.levels(type("Run", (), {"stage": "cell-tied-loud"}))
 
@@ -307,7 +346,7 @@ def test_missing_stages_are_named_and_the_rest_is_drawn(tmp_path):
 def test_one_figure_keeps_the_claims_of_others(cells, tmp_path):
     out = tmp_path / "out"
     config = FigureConfig(study=str(cells), fig="factorial", out=str(out))
-    assert len(run_figures(config, lambda line: None)) == 4
+    assert len(run_figures(config, lambda line: None)) == 14
     assert {path.name for path in out.iterdir()} == {
         "figure_factorial.png", "figure_factorial.pdf",
         "claims_factorial.csv", "claims_factorial.json",

@@ -204,10 +204,10 @@ def test_products_add_places_along_the_order(p):
             assert place[a * b % p] == (place[a] + place[b]) % (p - 1)
 
 
-def test_sums_are_in_order_as_they_are_and_composites_have_none():
+def test_sums_are_in_order_as_they_are_and_products_need_a_prime():
     np.testing.assert_array_equal(group_order(GrokConfig(p=9, operation="subtract")), np.arange(9))
-    with pytest.raises(ValueError, match=r"p=9 with grok\.operation=multiply: modes need a prime"):
-        group_order(GrokConfig(p=9, operation="multiply"))
+    with pytest.raises(ValueError, match=r"p=9 with operation=multiply: give a prime p"):
+        GrokConfig(p=9, operation="multiply")
 
 
 def waves(c: int, weights: dict[int, float]) -> np.ndarray:

@@ -29,6 +29,7 @@ from toy_modular.theory_links import (
     next_state_rows,
     null_rows,
     overlap_rows,
+    random_overlaps,
     parseval_rows,
     shape_rows,
     spectrum_distance,
@@ -231,13 +232,15 @@ def test_lines_are_told_from_circles():
 def test_null_is_passed_by_structure_only():
     rng = np.random.default_rng(4)
     structured = band_of(next_state_code(equivariant_table(31, [0, 0, 0, 9, 1, 1], 8, rng)))
-    assert verdicts(null_rows(structured)[1:]) == {"held"}
-    verdict = []
+    assert verdicts(r for r in null_rows(structured) if r.table == "next") == {"held"}
+    verdict = {"next": [], "current": []}
     for _ in range(40):
-        verdict += [
-            r.verdict for r in null_rows(band_of(next_state_code(rng.normal(size=(31, 8)))))
-        ]
-    assert verdict.count("held") <= 10  # of 80, one in twenty expected
+        code = next_state_code(rng.normal(size=(31, 8)))
+        for r in null_rows(band_of(code)):
+            verdict[r.claim.split()[-2]].append(r.verdict)
+    assert verdict["next"].count("held") <= 10  # of 80, one in twenty expected
+    # in the table by the current state such codes have a peak that current-state codes have not
+    assert verdict["current"].count("held") > 20
 
 
 def test_overlap_with_training():
@@ -245,10 +248,33 @@ def test_overlap_with_training():
     band = band_of(next_state_code(rng.normal(size=(31, 30)) * 0.7 ** np.arange(30)))
     leading = np.linalg.eigh(np.cov(band.next.T))[1][:, ::-1]
     assert overlap_rows(band) == []
-    for directions, expected in ((leading[:, :5], "held"), (leading[:, 25:], "failed")):
-        found = overlap_rows(band._replace(leading=directions))[1]
-        assert found.predicted == pytest.approx(5 / 30)
-        assert found.verdict == expected
+    # Random groups of the walks have h's own leading directions too: far above 5 / 30.
+    near, far = (overlap_rows(band._replace(leading=leading[:, part]))[1]
+                 for part in (slice(0, 5), slice(25, 30)))  # fmt: skip
+    assert near.measured == pytest.approx(1, abs=1e-6) and near.verdict == "held"
+    assert 0.6 < near.predicted < 1
+    assert far.verdict == "failed"
+    grouped = []
+    for seed in range(20):  # a code without states, whatever groups it is averaged over
+        h = np.random.default_rng(seed).normal(size=(31, 31, 30)) * 0.7 ** np.arange(30)
+        free = band_of(h)
+        leading = np.linalg.eigh(free.covariance)[1][:, ::-1][:, :5]
+        grouped += [r.verdict for r in overlap_rows(free._replace(leading=leading))]
+    assert grouped.count("held") <= 8  # of 40
+
+
+def test_random_groups_against_groups_that_were_drawn():
+    rng = np.random.default_rng(8)
+    h = rng.normal(size=(31, 31, 12)) * 0.6 ** np.arange(12)
+    band = band_of(h)
+    leading = np.linalg.eigh(band.covariance)[1][:, ::-1][:, :3]
+    found = random_overlaps(band._replace(leading=leading), 3)
+    drawn = []
+    for _ in range(100):
+        means = rng.permutation(h.reshape(-1, 12)).reshape(31, 31, 12).mean(axis=1)
+        own = np.linalg.svd(means - means.mean(axis=0), full_matrices=False)[2][:3]
+        drawn.append(np.sum((own @ leading) ** 2) / 3)
+    assert found.mean() == pytest.approx(np.mean(drawn), abs=0.02)
 
 
 def test_frequency_of_the_peak():

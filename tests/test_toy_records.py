@@ -20,8 +20,9 @@ from toy_modular.alignment import (
     tokens_to_target,
     toy_window,
 )
+from toy_modular.config import is_prime
 from toy_modular.records import LAST, SPECTRUM, Row, band_numbers, read_study
-from toy_modular.sweeps import Missing, chosen_bands, is_prime, pairs, shared_batch, sweep
+from toy_modular.sweeps import Missing, chosen_bands, pairs, shared_batch, sweep
 
 SMALL = {"stages": ("muon", "untied"), "batches": (32, 64, 128), "seeds": (0, 1), "width": 24}
 UNFINISHED, CENSORED = "muon-b128-s1", "muon-b32-s0"

@@ -9,6 +9,11 @@ from typing import Literal
 import chz
 
 
+def is_prime(c: int) -> bool:
+    """Tells whether a modulus is prime."""
+    return c > 1 and all(c % divisor for divisor in range(2, int(c**0.5) + 1))
+
+
 def _check_counts(config, names: tuple[str, ...], least: int) -> None:
     for name in names:
         if getattr(config, name) < least:
@@ -107,6 +112,11 @@ class GrokConfig:
     @chz.validate
     def _ranges(self):
         _check_counts(self, ("p",), 2)
+        if self.operation == "multiply" and not is_prime(self.p):
+            raise ValueError(
+                f"p={self.p} with operation=multiply: give a prime p, such as 97; the modes are "
+                f"those of its group of numbers 1 to p - 1"
+            )
         if not 0 < self.train_fraction < 1 or not 0 < self.train < self.p**2:
             raise ValueError(
                 f"train_fraction={self.train_fraction} of {self.p**2} pairs: give a share between "

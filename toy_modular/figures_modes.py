@@ -25,20 +25,22 @@ from toy_modular.figures_page import STAGE_LINES, null_line, sheet, words, zero_
 from toy_modular.mode_tables import (
     TABLES,
     Scores,
-    chance_peak,
+    chance_peaks,
     fixed_modes,
     mean_beyond,
     mean_peak,
-    null_peak,
     null_scores,
     peak,
     scores,
 )
-from toy_modular.records import CURRENT, Row, Run, Study
+from toy_modular.records import CURRENT, NEXT, Row, Run, Study
 from toy_modular.stages import CORE
 from toy_modular.sweeps import chosen_bands, pairs, require_pairs, shared_batch
 
+SEEDS_NEEDED = 3
 CURVES_INCHES, BARS_INCHES = (7.1, 4.5), (7.1, 3.6)
+NULL_STYLES = (":", "--")
+"""Of codes of the states in TABLES."""
 TITLES = (
     "$H_{peak}$",
     "$H_S$, dominant mode",
@@ -60,28 +62,33 @@ def draw_curves(figure: Figure, study: Study, config) -> list[Claim]:
 
     note = (
         f"Band {band.replace('_', ':')} (modulus:offset), batch size {batch}, a line a seed"
-        f"{_seed_counts(runs)}. Dashed: an unstructured code of the next state, in the upper row "
-        f"seen through the law of steps. The fixed {config.modes} modes are the greatest of the "
-        f"untied stage at its end (each row its own).\n" + claim.sentence
+        f"{_seed_counts(runs)}. Unstructured codes: of the next state dashed, of the current state "
+        f"dotted; each is flat in its own row and seen through the law of steps in the other. The "
+        f"fixed {config.modes} modes are the greatest of the untied stage at its end (each row its "
+        f"own).\n" + claim.sentence
     )
     axes = sheet(figure, len(TABLES), len(Scores._fields), note, sharex=True)
     for row, (table, of) in enumerate(zip(axes, TABLES, strict=True)):
         fixed = fixed_modes(runs["untied"][0].features[-1], band, config.modes, of)
-        null = null_scores(everyone[0].features[-1], of, band, fixed, config.modes)
+        last = everyone[0].features[-1]
+        nulls = {c: null_scores(last, of, band, fixed, config.modes, c) for c in TABLES}
         for stage, own in runs.items():
             for index, run in enumerate(own):
                 _draw_run(table, stage if index == 0 else None, run, of, band, fixed, config)
-        for ax, level in zip(table, null, strict=True):
-            null_line(ax, level)
-            ax.set_ylim(0, min(1.02, 1.08 * max(ax.get_ylim()[1], level)))
+        for ax, *levels in zip(table, *nulls.values(), strict=True):
+            for level, style in zip(levels, NULL_STYLES, strict=True):
+                null_line(ax, level, style=style)
+            ax.set_ylim(0, min(1.02, 1.08 * max(ax.get_ylim()[1], *levels)))
         table[0].set_ylabel(f"by {of} state")
         for ax, title in zip(table if row == 0 else (), TITLES, strict=False):
             ax.set_title(title.replace("K", str(config.modes)), fontsize=8.5)
     _label_x(axes[-1], everyone, config.x)
     handles = [axes[0, 0].plot([], [], color=c, marker=m, ms=3, label=s)[0]
                for s, (c, m) in STAGE_LINES.items()]  # fmt: skip
-    handles.append(axes[0, 0].plot([], [], color=INK, ls="--", lw=0.9, label="null")[0])
-    axes[0, 0].figure.legend(handles=handles, loc="outside upper center", ncol=5, fontsize=8)
+    for code, style in zip(TABLES, NULL_STYLES, strict=True):
+        name = f"null, {code}"
+        handles.append(axes[0, 0].plot([], [], color=INK, ls=style, lw=0.9, label=name)[0])
+    axes[0, 0].figure.legend(handles=handles, loc="outside upper center", ncol=6, fontsize=8)
     return [claim]
 
 
@@ -111,24 +118,29 @@ def _label_x(axes, runs: Sequence[Run], x: str) -> None:
 
 
 def _curves_claim(runs: dict[str, list[Run]], batch: int, band: str) -> Claim:
-    """Whether untied ends above the other stages and above what chance gives, seed by seed."""
+    """Whether untied ends above the other stages and above what chance gives, seed by seed.
+
+    Decided, either way, by three seeds or more that agree.
+    """
     ends = {s: {r.seed: r.features[-1] for r in own if r.features} for s, own in runs.items()}
     seeds = sorted(set.intersection(*(set(own) for own in ends.values())))
     values = {s: [peak(ends[s][seed], CURRENT, band) for seed in seeds] for s in CORE}
-    chances = [chance_peak(ends["untied"][seed], CURRENT, band) for seed in seeds]
+    chances = [chance_peaks(ends["untied"][seed], CURRENT, band) for seed in seeds]
+    uppers = [{code: own.upper for code, own in chance.items()} for chance in chances]
     largest = [values["untied"][i] >= max(values[s][i] for s in CORE) for i in range(len(seeds))]
-    above = [v > chance.upper for v, chance in zip(values["untied"], chances, strict=True)]
+    above = [v > max(own.values()) for v, own in zip(values["untied"], uppers, strict=True)]
     both = [a and b for a, b in zip(largest, above, strict=True)]
-    if not any(both):
-        outcome = FAILED if seeds else UNDECIDED
-    else:
-        outcome = HELD if all(both) and len(seeds) >= 3 else UNDECIDED
+    agreed = len(seeds) >= SEEDS_NEEDED and len(set(both)) == 1
+    outcome = (HELD if both[0] else FAILED) if agreed else UNDECIDED
     mean = float(np.mean(values["untied"])) if seeds else np.nan
-    null = null_peak(next(iter(ends["untied"].values())), CURRENT, band)
-    upper = float(np.mean([chance.upper for chance in chances])) if seeds else np.nan
+    of_next, of_current = (
+        number(float(np.mean([own[code] for own in uppers])) if seeds else np.nan, ".3f")
+        for code in (NEXT, CURRENT)
+    )
     others = ", ".join(f"{s} {np.mean(values[s]):.3f}" for s in CORE[:-1]) if seeds else "no seed"
     control = (
-        f"null {null:.3f}; 95 % of unstructured codes of its width below {number(upper, '.3f')}"
+        f"95 % of unstructured codes of its width: of the next state below {of_next}, of the "
+        f"current state below {of_current}"
     )
     return Claim(
         "4b", "untied concentrates its band on few modes, more than other stages and than chance",

@@ -127,7 +127,8 @@ class Tests(NamedTuple):
 
     alike, apart: batch sizes permuted alike in all seeds, or in each on its own; best: over all
     windows and looks; control: mean rho of -log B; own, partials: (F,) rho of each seed, and given
-    log B; least_p: the p of a perfect order; members: batch sizes that have both numbers there.
+    log B; least_p: the p of a perfect order; members: batch sizes that have both numbers there in
+    some seed; cells: in how many of all batch sizes and seeds.
     """
 
     alike: PermutationTest
@@ -138,6 +139,7 @@ class Tests(NamedTuple):
     partials: np.ndarray
     least_p: float
     members: int
+    cells: int
 
 
 def tests(runs: Sweep, progress: np.ndarray, look: int) -> Tests:
@@ -157,6 +159,7 @@ def tests(runs: Sweep, progress: np.ndarray, look: int) -> Tests:
         np.array([partial_spearman(*family, runs.small_batch) for family in families]),
         2 / factorial(members) if members > 2 else 1.0,
         members,
+        int(present.sum()),
     )
 
 
@@ -252,7 +255,8 @@ def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list
         f"{runs.stage}: a larger alpha at {place} goes with a higher token efficiency",
         members, seeds, label, found.alike.statistic, found.alike.p, control, outcome,
         f"{outcome.capitalize()}: mean rho {number(found.alike.statistic)} over "
-        f"{words(seeds, 'seed')} and {words(members, 'batch size')} at {place}, "
+        f"{words(seeds, 'seed')} and {words(members, 'batch size')} at {place}"
+        f"{_lacking(runs, found)}, "
         f"{p_text(found.alike)} with batch sizes permuted alike in all seeds (apart: "
         f"{p_text(found.apart)}), best of all looks {p_text(found.best)}; {control}.",
     )  # fmt: skip
@@ -281,13 +285,19 @@ def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list
     return [order, control_claim, perfect_claim]
 
 
+def _lacking(runs: Sweep, found: Tests) -> str:
+    """Says how many runs have a row at the look, where not all have."""
+    everything = runs.efficiency.size
+    return "" if found.cells == everything else f" ({found.cells} of {everything} runs)"
+
+
 def _note(study: Study, runs: Sweep, found: Tests, labels, exponents: Exponents, claims) -> str:
     censored = runs.censored()
     needed = critical_rho(len(runs.batches))
     parts = [
         f"n = {len(runs.batches)} batch sizes ({', '.join(map(str, runs.batches))}), "
         f"{words(len(runs.seeds), 'seed')}, last-position spectra, main window ranks {labels[0]}.",
-        f"Only {found.members} at the dotted line." if found.members < len(runs.batches) else "",
+        f"At the dotted line{_lacking(runs, found)}." if _lacking(runs, found) else "",
         f"Joint p at the dotted line: {p_text(found.alike)} (batch sizes permuted alike in all "
         f"seeds), {p_text(found.apart)} (in each seed apart). Max over {len(labels)} windows and "
         f"{len(PROGRESS)} looks: {p_text(found.best)}.",

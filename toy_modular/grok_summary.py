@@ -173,18 +173,17 @@ class GrokRun:
 def group_order(task: GrokConfig) -> np.ndarray:
     """Numbers such that the operation adds their places: 0 to p - 1, or powers of a root, (c,).
 
-    Subtraction subtracts them. Raises ValueError for multiplication modulo a p that is not prime.
+    Subtraction subtracts them. A configuration with multiplication has a prime p.
     """
     p = task.p
     if task.operation != "multiply":
         return np.arange(p)
-    for root in range(1, p):
-        powers = [1]
+    root, powers = 0, []
+    while len(powers) < p - 1:  # a prime has a primitive root
+        root, powers = root + 1, [1]
         while (power := powers[-1] * root % p) not in (0, 1):
             powers.append(power)
-        if len(powers) == p - 1:
-            return np.array(powers)
-    raise ValueError(f"grok.p={p} with grok.operation=multiply: modes need a prime p")
+    return np.array(powers)
 
 
 def key_modes(table: np.ndarray, share: float = KEY_SHARE) -> tuple[int, ...]:

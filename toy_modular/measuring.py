@@ -54,23 +54,22 @@ class Instrument:
     def __init__(self, config: RunConfig, data: Data, folder: Path):
         self._config, self._train, self._folder = config, data.train, folder
 
-    def look(
-        self, params: Any, at: dict, losses_before: Sequence[float], reason: str | None
-    ) -> None:
-        """Measures params if the step is due, if a level is crossed, or if the run ends.
-
-        at: {"step", "tokens", "val_loss"}; losses_before: validation losses of all steps before.
-        """
-        measure = self._config.measure
-        if measure.per_doubling == 0:
-            return
+    def crossed(self, loss: float, losses_before: Sequence[float]) -> list[float]:
+        """Levels that a loss is the first to reach; losses_before: those of all looks before."""
         least = min(losses_before, default=float("inf"))
-        crossed = [level for level in measure.levels if at["val_loss"] <= level < least]
-        due = is_due(at["step"], self._config.eval_every, measure.per_doubling)
-        if not (due or crossed or reason):
-            return
+        return [level for level in self._config.measure.levels if loss <= level < least]
+
+    def is_due(self, step: int, crossed: Sequence[float], reason: str | None) -> bool:
+        """Whether a step is measured: it is on the grid, a level is crossed, or the run ends."""
+        per_doubling = self._config.measure.per_doubling
+        on_grid = is_due(step, self._config.eval_every, per_doubling)
+        return per_doubling > 0 and bool(on_grid or crossed or reason)
+
+    def look(self, params: Any, at: dict, crossed: Sequence[float], reason: str | None) -> None:
+        """Measures params; at: {"step", "tokens", "val_loss"}, the loss of all validation rows."""
+        measure = self._config.measure
         meta = at | {
-            "levels": crossed,
+            "levels": list(crossed),
             "sequences": measure.rows,
             "gradient_samples": measure.samples,
             "sample_tokens": self._config.tokens_per_step
@@ -79,7 +78,8 @@ class Instrument:
         write_step(self._folder / "spectra", at["step"], self.spectra(params), meta)
         index = grid_index(at["step"], self._config.eval_every, measure.per_doubling)
         features = TASKS[self._config.task].make_features(shared(self._config))
-        on_grid = due and index % measure.bands_every == 0
+        on_grid = is_due(at["step"], self._config.eval_every, measure.per_doubling)
+        on_grid = on_grid and index % measure.bands_every == 0
         if features is not None and (reason or crossed or on_grid):
             arrays = features(params, reason is not None)
             write_step(self._folder / "features", at["step"], arrays, meta)

@@ -1,8 +1,10 @@
 """Scores of a band's tables beside what tables without structure score (toy spec 5 and 6).
 
-The table by the current state is the published one. A code of the next state, structured or not,
-is seen in it through an average over steps that has a peak of its own, so its null is the kernel's;
-the table by the next state has a flat one. NumPy.
+The table by the current state is the published one. What a code without structure shows in a
+table depends on the state it is a code of: of the state that the table goes by, the same in every
+mode; of the other one, an average over steps that has a peak of its own. Trained codes are of both
+states, so both nulls stand beside every value, and what counts as beyond chance is beyond both.
+NumPy.
 """
 
 from collections.abc import Sequence
@@ -45,33 +47,39 @@ def scores(row: Row, table: str, band: str, fixed: Sequence[int], k: int) -> Sco
     )
 
 
-def null_scores(row: Row, table: str, band: str, fixed: Sequence[int], k: int) -> Scores:
-    """Returns the scores that a code of the next state without structure has in a table.
+def null_scores(
+    row: Row, table: str, band: str, fixed: Sequence[int], k: int, code: str = NEXT
+) -> Scores:
+    """Returns the scores in a table of a code without structure, of the next or current state.
 
-    Of the current table they follow from the kernel of the step law, of the next table from equal
-    shares. The expected shares of many directions: the greatest K of a few are higher by selection.
+    Where table and code go by one state they follow from equal shares, else from the kernel of the
+    step law. The expected shares of many directions: the greatest K of a few are higher by
+    selection.
     """
-    shares = null_shares(row, table, band)
+    shares = null_shares(row, table, band, code)
     mass = pair_masses(shares)
     order = np.sort(mass)[::-1]
     chosen = mass[np.array([mode - 1 for mode in fixed], int)]
     return Scores(
-        null_peak(row, table, band), float(order[0]), float(order[:k].sum()), float(chosen.sum())
+        null_peak(row, table, band, code),
+        float(order[0]),
+        float(order[:k].sum()),
+        float(chosen.sum()),
     )
 
 
-def null_shares(row: Row, table: str, band: str) -> np.ndarray:
-    """Expected shares (c,) of the modes of a table without structure, sum 1."""
+def null_shares(row: Row, table: str, band: str, code: str = NEXT) -> np.ndarray:
+    """Expected shares (c,), sum 1, of a table's modes under a code without structure."""
     c, _ = band_numbers(band)
-    shares = np.ones(c) if table == NEXT else kernel(row.array(LAW, band))
+    shares = np.ones(c) if table == code else kernel(row.array(LAW, band))
     shares[0] = 0.0
     return shares / shares.sum()
 
 
-def null_peak(row: Row, table: str, band: str) -> float:
-    """H_peak of a table without structure: `next_code_null`, or `white_null` of the next table."""
+def null_peak(row: Row, table: str, band: str, code: str = NEXT) -> float:
+    """H_peak of a table under a code without structure: `white_null`, or `next_code_null`."""
     c, _ = band_numbers(band)
-    return white_null(c) if table == NEXT else next_code_null(c, row.array(LAW, band)).share
+    return white_null(c) if table == code else next_code_null(c, row.array(LAW, band)).share
 
 
 def peak(row: Row, table: str, band: str) -> float:
@@ -85,7 +93,10 @@ def mean_peak(row: Row, table: str, bands: Sequence[str]) -> float:
 
 
 def mean_excess(row: Row, table: str, bands: Sequence[str]) -> float:
-    """H_peak less its null, averaged over bands."""
+    """H_peak less that of a code of the next state, averaged over bands.
+
+    In the table by the current state that is the greater of the two nulls.
+    """
     return float(np.mean([excess(peak(row, table, b), null_peak(row, table, b)) for b in bands]))
 
 
@@ -100,11 +111,15 @@ def mean_beyond(row: Row, table: str, bands: Sequence[str]) -> float:
     return float(np.mean(np.maximum(beyond, 0.0)))
 
 
-def chance_peak(row: Row, table: str, band: str) -> Selection:
-    """Returns `selection_null` at the effective width of the band's own activations."""
+def chance_peaks(row: Row, table: str, band: str) -> dict[str, Selection]:
+    """Returns `selection_null` of codes of either state, at the effective width of the band's h.
+
+    {"current": ..., "next": ...}: which state the code without structure is one of.
+    """
     c, _ = band_numbers(band)
     width = effective_width(row.array("covariance", band))
-    return selection_null(c, width, None if table == NEXT else row.array(LAW, band))
+    law = row.array(LAW, band)
+    return {code: selection_null(c, width, None if code == table else law) for code in TABLES}
 
 
 def fixed_modes(row: Row, band: str, k: int, table: str) -> tuple[int, ...]:

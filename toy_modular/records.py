@@ -33,8 +33,8 @@ CURRENT, NEXT, LAW = "current", "next", "law"
 Row = StepFile
 """One measured step of a run.
 
-Its val_loss is that of the validation sequences that the run looks at every time; at its last step,
-where it was decided that it is over, of all of them.
+Its val_loss is that of all validation sequences; in records made before 2026-12 that is so at the
+last step only, elsewhere it is that of the sequences that the run looks at every time.
 """
 
 

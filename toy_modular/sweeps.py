@@ -8,6 +8,7 @@ import numpy as np
 
 from lens_jax.claims import Missing
 from toy_modular.alignment import token_efficiency
+from toy_modular.config import is_prime
 from toy_modular.records import Run, Study, band_numbers
 
 PAPER_BANDS = ("97_200", "179_50")
@@ -123,11 +124,6 @@ def chosen_bands(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:
     if set(PAPER_BANDS) <= set(shared):
         return list(PAPER_BANDS)
     return [site for site in shared if is_prime(band_numbers(site)[0])] or shared
-
-
-def is_prime(c: int) -> bool:
-    """Tells whether a modulus is prime."""
-    return c > 1 and all(c % divisor for divisor in range(2, int(c**0.5) + 1))
 
 
 def _waiting(study: Study, *stages: str) -> str:

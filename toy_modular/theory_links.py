@@ -6,11 +6,13 @@ covariance of the rows H[m], cov(h) that of h, Sw = cov(h) - Sb; beta = tr Sb / 
 """
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 
 from lens_jax.comparisons import subspace_overlap
 from lens_jax.fits import ranked_shares, rankme, topk_share
+from toy_modular.config import is_prime
 from toy_modular.features import (
     centred,
     concentration,
@@ -153,20 +155,41 @@ def equivariance_rows(band: BandTables, exact: bool = False) -> list[Row]:
 
 
 def overlap_rows(band: BandTables) -> list[Row]:
-    """Whether Sb's leading directions are among those of the activations of training."""
+    """Whether Sb's leading directions are among training's, more than those of any other grouping.
+
+    The means of whatever groups of a band's walks lie along the directions in which h varies most,
+    so what chance gives is no share k / D of the space but what random groups have.
+    """
     if band.leading is None:
         return []
     rows = []
     for label, table in labelled(band):
         values, vectors = np.linalg.eigh(between(table))
         rank = int(np.count_nonzero(values > 1e-6 * max(values[-1], 0.0)))
-        k, width = min(band.leading.shape[1], rank), len(values)
-        overlap = np.nan
+        k = min(band.leading.shape[1], rank)
+        overlap, chance = np.nan, np.array([np.nan])
         if k:
             overlap = subspace_overlap(vectors[:, ::-1][:, :k], band.leading[:, :k])
-        claim = "Sb's leading directions are leading ones in training"
-        rows.append(row(2, band.where, label, claim, overlap, ">>", k / width, 0.1))
+            chance = random_overlaps(band, k)
+        claim = "Sb's leading directions are training's, beyond random groups"
+        margin = float(np.quantile(chance, 0.95) - chance.mean())
+        rows.append(row(2, band.where, label, claim, overlap, ">>", chance.mean(), margin))
     return rows
+
+
+def random_overlaps(band: BandTables, k: int, draws: int = 100, seed: int = 0) -> np.ndarray:
+    """Overlaps (draws,) of k leading directions of random groups' means with training's.
+
+    The means of c groups drawn without regard to the state are, but for their length, c normal
+    vectors with the covariance of h.
+    """
+    values, vectors = np.linalg.eigh(band.covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))[None, :]  # (D, D)
+    normal = np.random.default_rng(seed).normal(size=(draws, len(band.law), len(values)))
+    means = normal @ root.T
+    means -= means.mean(axis=1, keepdims=True)
+    directions = np.linalg.svd(means, full_matrices=False)[2][:, :k]  # (draws, k, D)
+    return np.sum((directions @ band.leading[:, :k]) ** 2, axis=(1, 2)) / k
 
 
 # Link 3
@@ -231,14 +254,14 @@ def additive_rows(band: BandTables) -> list[Row]:
 
 
 def null_rows(band: BandTables) -> list[Row]:
-    """Whether H_peak is above that of unstructured codes of the same effective width."""
+    """Whether H_peak is above that of unstructured codes of either state, as wide as the band's."""
     c, rows = len(band.law), []
     width = effective_width(band.covariance)
     if not np.isfinite(width):
         return rows
-    for label, table, law in (("current", band.current, band.law), ("next", band.next, None)):
-        null = selection_null(c, width, law)
-        claim = "H_peak above an unstructured code of the next state"
+    for code, (label, table) in product(("current", "next"), labelled(band)):
+        null = selection_null(c, width, None if code == label else band.law)
+        claim = f"H_peak above an unstructured code of the {code} state"
         margin = null.upper - null.mean
         rows.append(row(3, band.where, label, claim, h_peak(table).share, ">>", null.mean, margin))
     return rows
@@ -278,7 +301,7 @@ def frequency_rows(band: BandTables) -> list[Row]:
     1/2 for an even c and for a prime; 1/3 for an odd multiple of 3. No claim on other moduli.
     """
     c, rows = len(band.law), []
-    prime = all(c % divisor for divisor in range(2, int(c**0.5) + 1))
+    prime = is_prime(c)
     if c % 2 == 0 or prime:
         expected, claim = 1 / 2, "frequency of the peak is 1/2"
     elif c % 3 == 0:

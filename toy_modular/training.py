@@ -132,7 +132,8 @@ class _Runs:
         """Takes in what a dispatch showed of a member; measures, ends and saves it.
 
         scores: of the validation rows that are looked at every time. Near the target all rows are
-        scored as well, and those scores decide.
+        scored as well, and those scores decide; where the member is measured too, for runs are
+        compared at equal losses of all rows.
         """
         config, step = self.configs[i], self.steps[i]
         at = {"step": step, "tokens": step * config.tokens_per_step}
@@ -153,8 +154,11 @@ class _Runs:
         rows.append(row)
         reason = _ending(config, step, full or scores)
         member = take(self.members, i)
-        at_loss = at | {"val_loss": scores["loss"]}
-        self.instruments[i].look(member.params, at_loss, earlier_losses, reason)
+        crossed = self.instruments[i].crossed(scores["loss"], earlier_losses)
+        if self.instruments[i].is_due(step, crossed, reason):
+            full = full or self._scores(self.val, i)
+            at_loss = at | {"val_loss": full["loss"]}
+            self.instruments[i].look(member.params, at_loss, crossed, reason)
         self.folders[i].write_rows(rows)
         if reason is not None:
             ends = {"val": full or self._scores(self.val, i)}
