@@ -29,8 +29,8 @@ from toy_modular.theory_links import (
     next_state_rows,
     null_rows,
     overlap_rows,
-    random_overlaps,
     parseval_rows,
+    random_overlaps,
     shape_rows,
     spectrum_distance,
     trained_rows,
@@ -251,7 +251,8 @@ def test_overlap_with_training():
     # Random groups of the walks have h's own leading directions too: far above 5 / 30.
     near, far = (overlap_rows(band._replace(leading=leading[:, part]))[1]
                  for part in (slice(0, 5), slice(25, 30)))  # fmt: skip
-    assert near.measured == pytest.approx(1, abs=1e-6) and near.verdict == "held"
+    assert near.measured == pytest.approx(1, abs=1e-6)
+    assert near.verdict == "held"
     assert 0.6 < near.predicted < 1
     assert far.verdict == "failed"
     grouped = []
