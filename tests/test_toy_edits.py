@@ -13,8 +13,8 @@ from models.config import ArchConfig, SizeConfig
 from models.gpt import GPT, init_params, token_loss
 from toy_modular.bands import band_arrays, band_walks, make_band_probe
 from toy_modular.config import BandedConfig
+from toy_modular.edit_names import EDIT_NAMES
 from toy_modular.edits import (
-    EDIT_NAMES,
     component_subspace,
     edit_array,
     edit_effects,

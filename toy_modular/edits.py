@@ -22,7 +22,6 @@ is the mode nearest in energy. Only the input look-up is edited, in tied models 
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import chz
@@ -31,6 +30,7 @@ import numpy as np
 
 from models.gpt import GPT, head_kernel
 from toy_modular.bands import CHUNK, BandWalks, make_band_probe, make_head_probe, state_means
+from toy_modular.edit_names import EDIT_NAMES, advantage_names
 from toy_modular.features import (
     centred,
     h_peak,
@@ -40,31 +40,7 @@ from toy_modular.features import (
     principal_modes,
 )
 
-LABELS = ("current", "next")
-SPANS = ("modes", "components")
-WHO = ("key", "control", "random")
 DRAWS = 4
-
-
-def _names() -> tuple[str, ...]:
-    names = ["base_loss", "positions", *(f"{label}_mode" for label in LABELS)]
-    for label, span in product(LABELS, SPANS):
-        start = f"{label}_{span}"
-        names += [f"{start}_dimension"]
-        names += [f"{start}_{who}_{what}" for who in WHO for what in ("variance", "keep", "drop")]
-        names += _advantage_names(start)
-        names += [f"{name}_diluted" for name in _advantage_names(start)]
-    names += [f"embedding_{who}_mode" for who in WHO[:2]]
-    names += [f"embedding_{who}_{what}" for who in WHO[:2] for what in ("energy", "keep", "drop")]
-    return tuple(names + _advantage_names("embedding"))
-
-
-def _advantage_names(start: str) -> list[str]:
-    return [f"{start}_{action}_advantage" for action in ("keep", "drop")]
-
-
-EDIT_NAMES = _names()
-"""What the numbers of a stored array of kind `edits` are, in order (`edit_array`)."""
 
 
 def edit_array(effects: dict[str, float]) -> np.ndarray:
@@ -212,7 +188,7 @@ def _hidden_effects(start: str, probed: _Probed, spans: dict[str, list]) -> dict
             effects[f"{start}_{who}_{what}"] = value
     effects |= _advantages(effects, start)
     positions = probed.band.tokens.shape[1] - 1
-    return effects | {f"{n}_diluted": effects[n] / positions for n in _advantage_names(start)}
+    return effects | {f"{n}_diluted": effects[n] / positions for n in advantage_names(start)}
 
 
 def _hidden_edits(probed: _Probed, directions: np.ndarray) -> tuple[float, float, float]:
@@ -225,7 +201,7 @@ def _hidden_edits(probed: _Probed, directions: np.ndarray) -> tuple[float, float
 
 
 def _advantages(effects: dict[str, float], start: str) -> dict[str, float]:
-    keep, drop = _advantage_names(start)
+    keep, drop = advantage_names(start)
     return {
         keep: effects[f"{start}_control_keep"] - effects[f"{start}_key_keep"],
         drop: effects[f"{start}_key_drop"] - effects[f"{start}_control_drop"],

@@ -9,7 +9,8 @@ stages; 11a: spectra at equal loss; 11b: paired changes of H_peak from stage to 
 of stages at equal loss; factorial: what the untied stage consists of; of a study with task=grok,
 grokking: a page a run. Each is written as PNG and PDF, and claims.csv and claims.json
 (claims_4a.csv and so on for one figure) say in a sentence what each shows, with the verdict of a
-fixed rule. A figure whose runs are not there yet says which, and the others are drawn.
+fixed rule; features.csv has every band of every run at its end, with nulls and edits. A figure
+whose runs are not there yet says which, and the others are drawn.
 """
 
 import io
@@ -34,6 +35,7 @@ from models.command_line import (
     parse_words,
     run_command,
 )
+from toy_modular.feature_table import feature_rows, features_csv
 from toy_modular.records import Study, read_study
 
 FIGURES = {
@@ -136,6 +138,8 @@ def run_figures(config: FigureConfig, tell: Callable[[str], None] = print) -> li
         claims = _draw_grokking(of_grokking, out, tell)
     else:
         claims = _draw_walks(read_study(config.study), config, out, tell)
+        if config.fig == "all":
+            _write_features(read_study(config.study), config.modes, out, tell)
     if claims:
         stem = "claims" if config.fig == "all" else f"claims_{config.fig}"
         for ending, text in (("csv", claims_csv(claims)), ("json", claims_json(claims))):
@@ -143,6 +147,15 @@ def run_figures(config: FigureConfig, tell: Callable[[str], None] = print) -> li
             write_bytes_atomic(path, text.encode())
             tell(f"claims: {path}")
     return claims
+
+
+def _write_features(study: Study, modes: int, out: Path, tell) -> None:
+    """Writes features.csv where bands were probed."""
+    rows = list(feature_rows(study.runs, modes))
+    if rows:
+        out.mkdir(exist_ok=True)
+        write_bytes_atomic(out / "features.csv", features_csv(rows).encode())
+        tell(f"features: {out / 'features.csv'}")
 
 
 def _draw_walks(study: Study, config: FigureConfig, out: Path, tell) -> list[Claim]:

@@ -15,7 +15,8 @@ from toy_modular.run_config import RunConfig
 def make_features(config: RunConfig):
     """probe(params, last) -> arrays by kind and band (`bands.band_arrays`); None without bands.
 
-    With `last` also what keeping and dropping the key modes does to the loss (`edits.EDIT_NAMES`).
+    With `last` also what keeping and dropping the key modes does to the loss, the numbers of
+    `edit_names.EDIT_NAMES`.
     """
     if not config.measure.bands:
         return None

@@ -4,8 +4,9 @@
 
 Of every finished run: configuration, curve, result, the spectra of the last position with their
 error bars, and the tables of the bands that figures take, all in float32; of most runs the tables
-at a third, two thirds and the end, of those at the batch size of figure 4b all of them. What is
-there is replaced.
+at a third, two thirds and the end, of those at the batch size of figure 4b all of them. At the end
+of a run all bands with their covariances and edits, and the leading directions of training, which
+features.csv and `toy_modular.theory` take. What is there is replaced.
 """
 
 import shutil
@@ -26,6 +27,8 @@ from toy_modular.sweeps import chosen_bands, shared_batch
 STUDY_FILES = ("selected.json", "table.csv")
 RUN_FILES = ("metrics.jsonl", "result.json")
 SPECTRA = ((SPECTRUM, LAST), (f"{SPECTRUM}_left_out", LAST))
+DIRECTIONS = ("act_cov_eigenvectors", LAST)
+ENDS = (CURRENT, NEXT, LAW, "covariance", "edits")
 THIRDS = (1 / 3, 2 / 3, 1.0)
 
 
@@ -36,7 +39,7 @@ class PackConfig:
     study: str | None = chz.field(default=None, doc="folder of the study")
     out: str | None = chz.field(default=None, doc="folder for its records")
     bands: tuple[str, ...] = chz.field(
-        default=(), doc="bands that are kept, as 97:200; none: those that figures take"
+        default=(), doc="bands kept all along, as 97:200; none: those that figures take"
     )
 
     @chz.validate
@@ -51,7 +54,6 @@ def pack(study: Study, out: Path, bands: tuple[str, ...] = ()) -> int:
     runs = [run for run in study.runs if run.finished]
     sites = chosen_bands(runs, bands)
     tables = [(kind, site) for site in sites for kind in (CURRENT, NEXT, LAW)]
-    ends = [*tables, *(("covariance", site) for site in sites)]
     curves = shared_batch(study, CORE)
     _copy(study.path, STUDY_FILES, out)
     for run in runs:
@@ -59,9 +61,11 @@ def pack(study: Study, out: Path, bands: tuple[str, ...] = ()) -> int:
         if place.exists():
             shutil.rmtree(place)
         _copy(run.path, RUN_FILES, place)
-        _keep(run.spectra, SPECTRA, place / "spectra")
+        _keep(run.spectra[:-1], SPECTRA, place / "spectra")
+        _keep(run.spectra[-1:], (*SPECTRA, DIRECTIONS), place / "spectra")
         rows = run.features if run.batch == curves else _thirds(run)
         _keep(rows[:-1], tables, place / "features")
+        ends = [(kind, site) for site in run.bands for kind in ENDS]
         _keep(rows[-1:], ends, place / "features")
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
