@@ -292,8 +292,9 @@ def write_planted(folder, feature_leads: bool) -> None:
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(0, 101, 10):
             train, val = float(step >= 20), (1.0 if step >= 80 else 0.7 if step == 70 else 0.2)
+            loss = 2.0 if step < 50 else 1.5 if step == 50 else 0.5
             for kind, accuracy in (("train", train), ("val", val)):
-                row = {"kind": kind, "step": step, "loss": 1.0, "accuracy": accuracy}
+                row = {"kind": kind, "step": step, "loss": loss, "accuracy": accuracy}
                 file.write(json.dumps(row) + "\n")
     for step in range(0, 101, 10):
         learned = step >= 40 if feature_leads else step >= 80
@@ -317,7 +318,10 @@ def test_features_that_lead_are_told_from_those_that_follow(tmp_path):
     assert found["key_modes"] == [3]
     assert found["null_share"] == pytest.approx(2 / 12)
     assert found["ratio"] == 4.0
-    assert found["half_rise_steps"] == {"embedding": 40, "answers": 40, "val_accuracy": 70}
+    assert found["half_rise_steps"] == {
+        "embedding": 40, "answers": 40, "val_accuracy": 70, "val_loss": 60,
+    }  # fmt: skip
+    assert found["val_loss_falls_from_step"] == 20
     assert found["shares"]["embedding"]["before_onset"] == pytest.approx(1.0)
     assert found["verdict"] == HELD
     assert "step 80 (4.0 times later)" in found["sentence"]

@@ -94,7 +94,9 @@ def draw_curves(figure: Figure, study: Study, config) -> list[Claim]:
 
 def _seed_counts(runs: dict[str, list[Run]]) -> str:
     counts = sorted({len(own) for own in runs.values()})
-    return f" ({words(counts[0], 'seed')})" if len(counts) == 1 else f" ({counts[0]} seeds or more)"
+    if len(counts) == 1:
+        return f" ({words(counts[0], 'seed')})"
+    return f" ({counts[0]} to {counts[-1]} seeds)"
 
 
 def _draw_run(axes, label, run: Run, table: str, band: str, fixed, config) -> None:

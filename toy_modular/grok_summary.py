@@ -104,6 +104,12 @@ class GrokRun:
         up = later & (self.val.accuracy >= self.val.at(self.trained) + RISEN)
         return int(self.val.step[up][0]) if up.any() else None
 
+    @property
+    def worst(self) -> int:
+        """The step of the greatest validation loss between `trained` and `generalised`."""
+        between = (self.val.step >= self.trained) & (self.val.step <= self.generalised)
+        return int(self.val.step[between][np.argmax(self.val.loss[between])])
+
     @cached_property
     def key_modes(self) -> tuple[int, ...]:
         """The fewest modes with KEY_SHARE of the energy of the last look's mean logits."""
@@ -291,6 +297,8 @@ def summarize(run: GrokRun) -> dict:
         name: half_rise(run.feature_steps, values, run.trained, run.generalised)
         for name, values in shares.items()
     }
+    worst = run.worst
+    halves["val_loss"] = half_rise(run.val.step, -run.val.loss, worst, run.generalised)
     middle = (run.val.at(run.trained) + run.val.at(run.generalised)) / 2
     accuracy = int(run.val.step[(run.val.step >= run.trained) & (run.val.accuracy >= middle)][0])
     places = {
@@ -306,6 +314,7 @@ def summarize(run: GrokRun) -> dict:
         "ratio": run.generalised / run.trained,
         "before_onset_step": int(run.feature_steps[places["before_onset"]]),
         "shares": seen,
+        "val_loss_falls_from_step": worst,
         "half_rise_steps": halves | {"val_accuracy": accuracy},
     }
     early = [(halves[name] or np.inf) < accuracy for name in ("embedding", "answers")]
@@ -328,5 +337,7 @@ def _sentence(found: dict, verdict: str) -> str:
         f"{answers} in the mean h of each answer (as much in every mode: "
         f"{found['null_share']:.2f}). Half way for good: answers at step "
         f"{halves['answers']}, embedding at {halves['embedding']}, accuracy at "
-        f"{halves['val_accuracy']}. Features first: {verdict}."
+        f"{halves['val_accuracy']}, validation loss, which falls from step "
+        f"{found['val_loss_falls_from_step']} on, at {halves['val_loss']}. Features before "
+        f"accuracy: {verdict}."
     )

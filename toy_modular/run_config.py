@@ -33,7 +33,9 @@ class MeasureConfig:
     bands: tuple[str, ...] = chz.field(
         default=(), doc="bands c:o whose states are probed, such as 97:200"
     )
-    walks: int = chz.field(default=8245, doc="most walks of a band; more are thinned by step")
+    walks: int = chz.field(
+        default=30_000, doc="most walks of a band, all of either published one; more are thinned"
+    )
     bands_every: int = chz.field(default=1, doc="every how many measurements bands are probed too")
 
     @chz.validate
