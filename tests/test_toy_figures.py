@@ -313,7 +313,8 @@ def test_the_command_writes_every_figure_and_the_claims(folder, tmp_path, capsys
     assert "factorial: not drawn: no finished run of a stage cell-..." in printed
     names = [name for name in FIGURES if name != "factorial"]
     expected = {f"figure_{name}.{kind}" for name in names for kind in ("png", "pdf")}
-    assert {path.name for path in out.iterdir()} == expected | {"claims.csv", "claims.json"}
+    expected |= {"claims.csv", "claims.json", "features.csv"}
+    assert {path.name for path in out.iterdir()} == expected
     assert (out / "figure_4a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (out / "figure_4b.pdf").read_bytes()[:5] == b"%PDF-"
     rows = list(csv.DictReader((out / "claims.csv").open()))
@@ -339,7 +340,7 @@ def test_missing_stages_are_named_and_the_rest_is_drawn(tmp_path):
     assert "11a: not drawn: stage untied has finished runs of 0 batch sizes" in text
     assert "11b: not drawn: no two consecutive stages" in text
     assert draw_figures(made, made / "figures") == told
-    assert not (made / "figures").exists()
+    assert [path.name for path in (made / "figures").iterdir()] == ["features.csv"]
     assert main([f"study={made}"]) == 1
 
 
