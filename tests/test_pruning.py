@@ -140,3 +140,14 @@ def test_a_member_without_a_score_is_given_up_and_written_down(study, tmp_path):
         assert gone == members_to_give_up(folder, running.config, names)
         for decided in folder.pruned.values():
             assert set(decided["given_up"].values()) == {None}
+
+
+def test_runs_that_are_not_measured_cannot_be_judged_by_their_spectra():
+    from experiments.resolve import resolve
+    from experiments.study.pruning import early_pause
+    from models.command_line import UsageError
+
+    config, _ = resolve({"probes.names": ""}, "laptop")
+    assert early_pause(config, "loss", 65_536) == 65_536
+    with pytest.raises(UsageError, match="prune=alpha: runs at batch .* are not measured"):
+        early_pause(config, "alpha", 65_536)

@@ -52,7 +52,8 @@ def draw_2(figure: Figure, study: Study, options: Options) -> list[Claim]:
     Raises Missing where no family has an exponent and a crossing at three batches.
     """
     tokens = tokens_of(study, options)
-    shallow = _at_tokens(of_tiers(study, options, ("d12",)), tokens, options.window)
+    of_d12 = of_tiers(study, options, ("d12",))
+    shallow = _at_tokens(of_d12, tokens, options.window)
     deep = _at_tokens(of_tiers(study, options, DEEP_TIERS), tokens, DEEP_WINDOW)
     found = [prediction for prediction in (shallow, deep) if prediction is not None]
     if not found:
@@ -65,7 +66,10 @@ def draw_2(figure: Figure, study: Study, options: Options) -> list[Claim]:
     title(figure, 2, f"Alpha after {short_count(tokens)} tokens, and tokens to the target")
     axes = figure.subplots(1, 3, width_ratios=(1.2, 1.2 if deep else 0.62, 1.1))
     lacking = "no tier beyond\nd12 in this study:\npreset=M3"
-    _draw_scatter(axes[0], shallow, "(a) d12", "no d12 run\nin this study")
+    no_order = (
+        f"no order from\n{FEW} batches of d12" if of_d12.chosen else "no d12 run\nin this study"
+    )
+    _draw_scatter(axes[0], shallow, "(a) d12", no_order)
     _draw_scatter(axes[1], deep, "(b) deeper tiers", lacking)
     (axes[0] if shallow else axes[1]).set_ylabel(EXCESS)
     _draw_rhos(axes[2], families)

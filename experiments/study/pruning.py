@@ -24,7 +24,12 @@ def early_pause(config: RunConfig, rule: str, tokens: int) -> int:
 
     per_step = config.tokens_per_step
     measured = [step * per_step for step in make_schedule(config).measure if step]
-    nearest = min(measured, key=lambda seen: abs(log(seen / tokens)), default=inf)
+    if not measured:
+        raise UsageError(
+            f"prune={rule}: runs at batch {config.batch} are not measured, so there is no spectrum "
+            f"to judge by; give probes=activation or choose prune=loss"
+        )
+    nearest = min(measured, key=lambda seen: abs(log(seen / tokens)))
     if abs(log(nearest / tokens)) > RATIO_TOLERANCE:
         raise UsageError(
             f"prune={rule}: runs at batch {config.batch} are measured at {nearest} tokens and not "
