@@ -37,6 +37,7 @@ def auto_profile() -> tuple[str, str]:
         return "laptop", "no accelerator plugin is installed"
     import jax
 
+    split_cpu()  # what is asked next starts jax, and no CPU can be split after that
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "laptop", "no accelerator is visible"
@@ -75,7 +76,7 @@ def split_cpu() -> None:
     """Give a CPU-only process one device per core, up to two, unless the user has chosen.
 
     XLA runs element-wise work of a program on one core per device, so two devices train faster on
-    two cores. Must run before jax is used.
+    two cores. Must run before jax is used; a second call changes nothing.
     """
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in (
         os.environ.get("XLA_FLAGS", "")

@@ -127,6 +127,35 @@ def test_a_cpu_is_split_in_two_unless_the_user_has_chosen():
     assert python(code, JAX_NUM_CPU_DEVICES="3") == ["3"]
 
 
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The environment of a machine that has an accelerator's plugin, here an empty module."""
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin/jax_cuda12_plugin.py").write_text("")
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    return {"PYTHONPATH": f"{tmp_path / 'plugin'}:{ROOT}"}
+
+
+def test_the_cpu_is_split_before_a_plugin_is_asked_for_devices(plugin):
+    code = (
+        "from experiments.devices import split_cpu\n"
+        "from experiments.resolve import resolve_here\n"
+        "print(resolve_here({})[2])\n"
+        "split_cpu()\n"  # as every command does later
+        "import os, jax\n"
+        "print(jax.device_count() == min(2, os.cpu_count()))"
+    )
+    assert python(code, **plugin) == ["no accelerator is visible", "True"]
+
+
+def test_a_run_with_profile_auto_trains_where_a_plugin_is_installed(plugin, tmp_path):
+    words = make_words(make_data(tmp_path), 1, profile="auto", probes="", out=tmp_path / "run")
+    code, out, err = train(words, tmp_path / "cache", **plugin)
+    assert (code, err) == (0, "")
+    assert "profile laptop: no accelerator is visible" in out
+
+
 def test_peak_flops_of_a_mesh():
     def mesh(kind):
         device = SimpleNamespace(device_kind=kind)
@@ -153,6 +182,7 @@ def test_the_profile_depends_on_the_memory_of_the_accelerator(
         platform=platform, device_kind="NVIDIA A100", memory_stats=lambda: stats
     )
     monkeypatch.setattr(devices, "ACCELERATOR_PLUGINS", ("jax",))
+    monkeypatch.setattr(devices, "split_cpu", lambda: None)  # jax of this process runs already
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert devices.auto_profile()[0] == profile
 
