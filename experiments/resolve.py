@@ -4,6 +4,7 @@ Precedence, whatever the order typed: defaults < tier < profile < rung < typed k
 imports jax.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -95,6 +96,20 @@ def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dic
     return config, origin
 
 
+def resolve_somewhere(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
+    """As `resolve` on some machine, none of whose devices is asked; to refuse mistakes early.
+
+    profile=auto is the first of laptop and paper that the words fit. Raises UsageError, with the
+    line of laptop, for words that fit neither.
+    """
+    try:
+        return resolve(words, "laptop")
+    except UsageError as refused:
+        with contextlib.suppress(UsageError):
+            return resolve(words, "paper")
+        raise refused from None
+
+
 def resolve_here(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str], str]:
     """As `resolve`, with profile=auto as this machine allows, and why that profile in a phrase."""
     if words.get("profile", "auto") != "auto":
@@ -143,7 +158,7 @@ def parse_command(argv: list[str]) -> dict[str, str]:
 
 def help_text(usage: str, words: Mapping[str, str]) -> str:
     """`--help` of a command that takes a run's keys, with the values the other words give."""
-    config, _ = resolve(words, "laptop")
+    config, _ = resolve_somewhere(words)
     return help_page(usage, RunConfig, ALIASES, flatten(config))
 
 
