@@ -91,9 +91,20 @@ def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dic
         Layer("typed", typed | {"profile": profile}),
     )
     config, origin = build(RunConfig, layers)
+    _refuse_rate_of_zero(config)
     if config.target_loss == "published":
         config = chz.replace(config, target_loss=config.published_target)
     return config, origin
+
+
+def _refuse_rate_of_zero(config: RunConfig) -> None:
+    """A budget past the end of the published schedule would train on without moving."""
+    if config.anneal == "published" and config.num_steps > config.published_steps:
+        most = config.published_steps * config.tokens_per_step
+        raise UsageError(
+            f"max_tokens={config.max_tokens} with anneal=published: the learning rate of this run "
+            f"is 0 after {most} tokens; set anneal=budget, or give at most that"
+        )
 
 
 def resolve_somewhere(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
@@ -121,10 +132,18 @@ def resolve_here(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str], s
 
 
 def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
-    """The configuration with the data's vocabulary and document start where it has none."""
+    """The configuration with the data's vocabulary and document start where it has none.
+
+    Raises UsageError for a vocabulary without that document start.
+    """
     size = config.size
     found = {"vocab_size": size.vocab_size or vocab_size}
     found["eot_token"] = eot_token if size.eot_token is None else size.eot_token
+    if found["eot_token"] >= found["vocab_size"]:
+        raise UsageError(
+            f"size.vocab_size={size.vocab_size}: documents of this data begin with token "
+            f"{found['eot_token']}; give at least {found['eot_token'] + 1}, or none"
+        )
     return chz.replace(config, size=chz.replace(size, **found))
 
 
