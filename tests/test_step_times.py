@@ -23,7 +23,7 @@ class Stubs:
         writer = SimpleNamespace(submit=lambda *args: None)
         display = SimpleNamespace(train=lambda *args: None, validation=lambda row: None)
         self.loop = Loop(
-            config, make_schedule(config), run, None, None, self.rows, writer, display, {}, "x"
+            config, make_schedule(config), run, None, None, self.rows, writer, display, {}, {}
         )
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(module.jax, "device_get", self.wait)
