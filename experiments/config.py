@@ -15,6 +15,7 @@ from optim.config import OptimConfig, reference_to_run_steps
 
 PROBES = ("activation", "gradient", "weight")
 MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+FINEWEB_FOLDER = "data/fineweb10B"
 MOST_TOKENS = 10**15  # a thousand times the largest published training runs
 MOST_STEPS = 2**31 - 1  # steps are counted in int32
 
@@ -27,7 +28,7 @@ class DataConfig:
         default="auto",
         doc="auto (FineWeb shards if present, else the corpus), corpus, or a glob of .bin shards",
     )
-    folder: str = chz.field(default="data/fineweb10B", doc="where auto looks for FineWeb shards")
+    folder: str = chz.field(default=FINEWEB_FOLDER, doc="where auto looks for FineWeb shards")
     order: Literal["shuffled", "sequential"] = chz.field(
         default="shuffled", doc="order of training rows; sequential is the published one"
     )

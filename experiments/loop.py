@@ -40,7 +40,7 @@ from experiments.setup import (
     read_yardstick,
 )
 from experiments.start import circumstances, greet, initial_state
-from experiments.stops import Interrupt, NotFinite
+from experiments.stops import Interrupt, NotFinite, failed_record_in_one_line
 from lens_jax.probes import spectra
 from lens_jax.records import RecordWriter
 from lens_jax.show import draw_run
@@ -77,11 +77,9 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
         metrics = stack.enter_context(MetricsFile(folder.metrics_path)) if is_first() else None
         kept = metrics.truncate_from(start) if metrics else []
         known = dict(share([(row["step"], row["loss"]) for row in kept if row["kind"] == "val"]))
+        stack.enter_context(failed_record_in_one_line(folder.spectra))
         writer = stack.enter_context(RecordWriter(folder.spectra))
-        # keys are counted on the validation text, at the widest window
-        flops = flops_per_token(
-            config.arch, config.size, held.val[:, :-1], widest_window(config.arch, config.size)
-        )
+        flops = partial(_flops_at, config, held.val[:, :-1])
         display = stack.enter_context(
             Display(schedule.num_steps, start, flops, peak_flops(run.mesh))
         )
@@ -90,6 +88,12 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
             config, schedule, run, folder, checkpoints, metrics, writer, display, known, here
         )
         return loop.run(state, start, windows, interrupt)
+
+
+def _flops_at(config: RunConfig, rows: np.ndarray, blocks: float | None) -> float:
+    """FLOP per token at a window in mask blocks; keys are counted on the validation rows (R, T)."""
+    window = None if blocks is None else round(blocks * config.size.block)
+    return flops_per_token(config.arch, config.size, rows, window)
 
 
 class Loop:
@@ -119,6 +123,7 @@ class Loop:
         self.pending: tuple[int, dict, dict] | None = None  # step in flight, metrics, measured
         self.clock: float | None = None  # when the step in flight could begin, if that is known
         self.compiled = False  # whether a step that measures nothing has run
+        self.measured = False  # whether one that measures has been dispatched
         self.rates: list[float] = []
         self.poll = make_poll(run.mesh) if jax.process_count() > 1 else None
         self.signal = 0  # that any process had got when the last fetched step was dispatched
@@ -219,6 +224,8 @@ class Loop:
         stacked = rows.reshape(self.config.accumulate, -1, rows.shape[1])
         batches = with_window({"tokens": place_rows(mesh, stacked, axis=1)}, mesh, window)
         probe_batch = probe_at(self.run_.probe_batch, mesh, window) if measure else None
+        if measure and not self.measured:
+            self.measured, self.clock = True, None  # it compiles while a step may be in flight
         return self.run_.step(state, batches, probe_batch, measure=measure)
 
     def _fetch(self, measured_only: bool = False) -> None:

@@ -77,9 +77,9 @@ def initial_state(
         )
     if meta.get("dtype", here["dtype"]) != here["dtype"]:  # earlier checkpoints do not say
         raise UsageError(
-            f"the checkpoint at step {latest} was trained in {meta['dtype']} on {meta['platform']}, "
-            f"compute_dtype=auto means {here['dtype']} on {here['platform']}; go on there, or start "
-            f"anew with another out="
+            f"the checkpoint at step {latest} was trained in {meta['dtype']} on "
+            f"{meta['platform']}, compute_dtype=auto means {here['dtype']} on {here['platform']}; "
+            f"go on there, or start anew with another out="
         )
     for line in _changes(meta, here):
         print(f"note: {line}: losses agree to rounding, not bit by bit")

@@ -162,6 +162,11 @@ def test_peak_flops_of_a_mesh():
         return SimpleNamespace(devices=np.array([device, device]), size=2)
 
     assert devices.peak_flops(mesh("NVIDIA H100 80GB HBM3")) == 2 * 989.5e12
+    assert devices.peak_flops(mesh("NVIDIA H200")) == 2 * 989.5e12
+    assert devices.peak_flops(mesh("NVIDIA H100 PCIe")) == 2 * 756.5e12
+    for kind in ("NVIDIA H100 NVL", "NVIDIA H200 NVL"):
+        assert devices.peak_flops(mesh(kind)) == 2 * 835.5e12
+    assert devices.peak_flops(mesh("NVIDIA H100 80GB HBM3 MIG 1g.10gb")) is None
     assert devices.peak_flops(mesh("cpu")) is None
 
 
