@@ -11,6 +11,7 @@ import chz
 from models.command_line import check_path
 from models.config import ArchConfig, SizeConfig, check_depth
 from models.ladder import ALL_RUNGS, DEFAULT_RUNG, LADDERS
+from models.layers import layer_plan
 from optim.config import OptimConfig, reference_to_run_steps
 
 PROBES = ("activation", "gradient", "weight")
@@ -176,7 +177,8 @@ class RunConfig:
         default=None, doc="newest checkpoints kept beside step 0; none: all"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
-        default="auto", doc="of the matrix products; auto: bfloat16 on accelerators"
+        default="auto",
+        doc="of the matrix products; auto: bfloat16 on accelerators; float32: in full, never TF32",
     )
     attention: Literal["auto", "dense", "blocked", "cudnn", "pallas"] = chz.field(
         default="auto", doc="implementation; auto: the fastest that device and rung allow"
@@ -287,6 +289,22 @@ class RunConfig:
                 raise ValueError(
                     f"probes.layers={layer}: the model has layers 0 to {self.size.n_layer - 1}"
                 )
+        self._refuse_empty_probes()
+
+    def _refuse_empty_probes(self):
+        """Matrices of attention were asked for, of layers that have none."""
+        layers, matrices = self.probes.layers, self.probes.matrices
+        if not (layers and matrices and {"gradient", "weight"} & set(self.probes.names)):
+            return
+        plan = layer_plan(self.arch, self.size.n_layer)
+        if any(plan[layer].attention for layer in layers):
+            return
+        if all(matrix.startswith("attn.") for matrix in matrices):
+            raise ValueError(
+                f"probes.layers={','.join(map(str, layers))} has no attention in this rung, and "
+                f"probes.matrices={','.join(matrices)} nothing else; give other layers, or matrices "
+                f"of the mlp"
+            )
 
 
 def probed_layers(config: RunConfig) -> tuple[int, ...]:

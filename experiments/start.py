@@ -37,6 +37,13 @@ def greet(display: Display, config: RunConfig, run: Run, schedule: Schedule, sta
             f"{config.rows_per_step // config.accumulate} rows, which the devices in use must "
             f"divide; {mend}"
         )
+    rows = config.data.val_tokens // config.row
+    if rows % run.mesh.size:
+        display.note(
+            f"validation runs whole on every device: its {rows} rows cannot be shared by "
+            f"{run.mesh.size} of them; give data.val_tokens= in multiples of "
+            f"{config.row * run.mesh.size}"
+        )
     if start:
         display.note(f"resumed at step {start}")
     yardstick = run.facts["unigram_entropy"]

@@ -85,6 +85,7 @@ TRAIN = (
     ("probes=activations", "probes.names=activations: choose among"),
     ("probes.matrices=attn.c_attn", "probes.matrices=attn.c_attn: choose among"),
     ("probes.layers=12", "probes.layers=12: the model has layers 0 to 11"),
+    ("probes.layers=7 probes.matrices=attn.c_q", "probes.layers=7 has no attention in this rung"),
     ("probes.gradient_windows=1", "probes.gradient_windows=1: give 2 to"),
     ("probes.chunk=5", "probes.chunk=5 does not divide"),
     ("probes.groups=0", "probes.groups=0: give at least 1"),

@@ -85,6 +85,25 @@ print(jax.device_count(), len(paths), worst)
 """
 
 
+VALIDATION = """
+import numpy as np
+from experiments import setup
+from experiments.devices import make_mesh
+def place(mesh, tokens, *, axis):
+    placed = own(mesh, tokens, axis=axis)
+    print(*placed.sharding.shard_shape(placed.shape))
+    return placed
+own, setup.place_rows = setup.place_rows, place
+for rows in (24, 12):
+    setup._make_evaluate(None, np.zeros((rows, 3), np.int32), 16, make_mesh(16), np.float32)
+"""
+
+
+def test_eight_devices_share_the_rows_of_a_validation():
+    # passes, rows of each on a device, tokens: of 24 rows one a device, of 12 all on every one
+    assert python(VALIDATION, **EIGHT) == ["3 1 3", "1 12 3"]
+
+
 def test_one_backward_on_eight_devices_is_vmap_of_grad():
     devices, kernels, worst = python(ROUTES, **EIGHT)[-1].split()
     assert (int(devices), int(kernels)) == (8, 20)  # one of the four layers has no attention

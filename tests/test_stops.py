@@ -63,13 +63,13 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("end", [lambda writer: writer.drain(), lambda writer: None])
 def test_a_record_that_cannot_be_written_is_told_in_one_line(full_disk, tmp_path, end):
-    with (
-        pytest.raises(UsageError) as caught,
-        failed_record_in_one_line(tmp_path),
-        RecordWriter(tmp_path) as writer,
-    ):
-        writer.submit(7, {"tokens": 0}, lambda: {"a/b": np.ones(1)})
-        end(writer)
+    def write():
+        with failed_record_in_one_line(tmp_path), RecordWriter(tmp_path) as writer:
+            writer.submit(7, {"tokens": 0}, lambda: {"a/b": np.ones(1)})
+            end(writer)
+
+    with pytest.raises(UsageError) as caught:
+        write()
     assert str(caught.value) == (
         f"cannot write in {tmp_path}: No space left on device, while writing the spectra of step "
         f"7; free some space and resume"
