@@ -302,8 +302,8 @@ class RunConfig:
         if all(matrix.startswith("attn.") for matrix in matrices):
             raise ValueError(
                 f"probes.layers={','.join(map(str, layers))} has no attention in this rung, and "
-                f"probes.matrices={','.join(matrices)} nothing else; give other layers, or matrices "
-                f"of the mlp"
+                f"probes.matrices={','.join(matrices)} nothing else; give other layers, or "
+                f"matrices of the mlp"
             )
 
 
