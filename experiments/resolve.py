@@ -140,6 +140,11 @@ def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
     found = {"vocab_size": size.vocab_size or vocab_size}
     found["eot_token"] = eot_token if size.eot_token is None else size.eot_token
     if found["eot_token"] >= found["vocab_size"]:
+        if size.vocab_size is None:
+            raise UsageError(
+                f"size.eot_token={size.eot_token}: the data have a vocabulary of {vocab_size}; give "
+                f"one of its tokens, or none"
+            )
         raise UsageError(
             f"size.vocab_size={size.vocab_size}: documents of this data begin with token "
             f"{found['eot_token']}; give at least {found['eot_token'] + 1}, or none"

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import tiny_config
 
 from experiments.devices import make_mesh
-from experiments.start import circumstances, initial_state
+from experiments.start import circumstances, greet, initial_state
 from models.command_line import UsageError
 
 
@@ -17,6 +17,21 @@ def run():
     return SimpleNamespace(
         mesh=make_mesh(1), facts={"dtype": "float32"}, fresh_state=lambda: {"w": np.zeros(3)}
     )
+
+
+@pytest.mark.parametrize(("val_tokens", "told"), [(8 * 32, []), (12 * 32, [True])])
+def test_a_validation_that_devices_cannot_share_is_told(val_tokens, told):
+    device = SimpleNamespace(device_kind="cpu")
+    mesh = SimpleNamespace(devices=np.array([device] * 8), size=8)
+    run = SimpleNamespace(
+        mesh=mesh, num_params=1, facts={"dtype": "float32", "unigram_entropy": None}
+    )
+    schedule = SimpleNamespace(num_steps=1, measure=())
+    lines = []
+    config = tiny_config("untied", data__val_tokens=val_tokens, data__probe_offset=val_tokens)
+    greet(SimpleNamespace(note=lines.append), config, run, schedule, 0)
+    found = [line for line in lines if line.startswith("validation runs whole on every device")]
+    assert ["its 12 rows cannot be shared by 8 of them" in line for line in found] == told
 
 
 def resume(run, here, **saved):
