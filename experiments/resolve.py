@@ -142,8 +142,8 @@ def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
     if found["eot_token"] >= found["vocab_size"]:
         if size.vocab_size is None:
             raise UsageError(
-                f"size.eot_token={size.eot_token}: the data have a vocabulary of {vocab_size}; give "
-                f"one of its tokens, or none"
+                f"size.eot_token={size.eot_token}: the data have a vocabulary of {vocab_size}; "
+                f"give one of its tokens, or none"
             )
         raise UsageError(
             f"size.vocab_size={size.vocab_size}: documents of this data begin with token "
