@@ -39,7 +39,7 @@ from typing import Any, Literal
 import chz
 
 from experiments.config import PROBES, RunConfig, probed_layers
-from experiments.resolve import own_words, resolve, sized
+from experiments.resolve import own_words, resolve_somewhere, sized
 from models.command_line import (
     Layer,
     UsageError,
@@ -130,7 +130,7 @@ def parse_bench(argv: list[str]) -> tuple[BenchConfig, dict[str, str]]:
         values = {"sections": ()} | values
     plan, _ = build(BenchConfig, [Layer("typed", values)])
     for rung in (plan.rung, *(plan.rungs if "train" in plan.sections else ())):
-        resolve(words | {"rung": rung}, "laptop")
+        resolve_somewhere(words | {"rung": rung})
     return plan, words
 
 

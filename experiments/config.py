@@ -11,11 +11,14 @@ import chz
 from models.command_line import check_path
 from models.config import ArchConfig, SizeConfig, check_depth
 from models.ladder import ALL_RUNGS, DEFAULT_RUNG, LADDERS
-from optim.config import OptimConfig
+from models.layers import layer_plan
+from optim.config import OptimConfig, reference_to_run_steps
 
 PROBES = ("activation", "gradient", "weight")
 MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+FINEWEB_FOLDER = "data/fineweb10B"
 MOST_TOKENS = 10**15  # a thousand times the largest published training runs
+MOST_STEPS = 2**31 - 1  # steps are counted in int32
 
 
 @chz.chz
@@ -26,7 +29,7 @@ class DataConfig:
         default="auto",
         doc="auto (FineWeb shards if present, else the corpus), corpus, or a glob of .bin shards",
     )
-    folder: str = chz.field(default="data/fineweb10B", doc="where auto looks for FineWeb shards")
+    folder: str = chz.field(default=FINEWEB_FOLDER, doc="where auto looks for FineWeb shards")
     order: Literal["shuffled", "sequential"] = chz.field(
         default="shuffled", doc="order of training rows; sequential is the published one"
     )
@@ -174,7 +177,8 @@ class RunConfig:
         default=None, doc="newest checkpoints kept beside step 0; none: all"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
-        default="auto", doc="of the matrix products; auto: bfloat16 on accelerators"
+        default="auto",
+        doc="of the matrix products; auto: bfloat16 on accelerators; float32: in full, never TF32",
     )
     attention: Literal["auto", "dense", "blocked", "cudnn", "pallas"] = chz.field(
         default="auto", doc="implementation; auto: the fastest that device and rung allow"
@@ -205,6 +209,22 @@ class RunConfig:
     def rows_per_step(self) -> int:
         return self.tokens_per_step // self.row
 
+    @property
+    def published_steps(self) -> int:
+        """Length of the published schedule in steps of this run."""
+        return self.run_steps(self.optim.num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates that the whole run makes, unless its target comes first."""
+        if self.max_tokens is None:
+            return self.published_steps
+        return self.max_tokens // self.tokens_per_step
+
+    def run_steps(self, reference_steps: int) -> int:
+        """A length in reference steps as one in steps of this run."""
+        return reference_to_run_steps(reference_steps, batch=self.batch, time_scale=self.time_scale)
+
     @chz.validate
     def _ranges(self):
         for name in ("batch", "accumulate", "val_every", "checkpoint_every"):
@@ -234,7 +254,18 @@ class RunConfig:
             raise ValueError("anneal=budget needs a budget; set max_tokens, or anneal=published")
         if not 0 < self.time_scale < float("inf"):
             raise ValueError(f"time_scale={self.time_scale}: give a positive number")
-        if isinstance(self.target_loss, float) and not self.target_loss > 0:
+        longest = max(self.optim.num_steps, self.optim.momentum_steps, self.arch.window_steps)
+        if longest * self.time_scale > MOST_STEPS or self.run_steps(longest) > MOST_STEPS:
+            raise ValueError(
+                f"time_scale={self.time_scale:g} stretches {longest:,} reference steps over more "
+                f"than {MOST_STEPS:,} steps; give a smaller factor"
+            )
+        if self.num_steps > MOST_STEPS:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} are more than {MOST_STEPS:,} steps of "
+                f"{self.tokens_per_step} tokens; give fewer, or a larger batch"
+            )
+        if isinstance(self.target_loss, float) and not 0 < self.target_loss < float("inf"):
             raise ValueError(f"target_loss={self.target_loss}: give a positive loss, or none")
         if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
             raise ValueError(f"keep_checkpoints={self.keep_checkpoints}: give at least 1, or none")
@@ -258,6 +289,22 @@ class RunConfig:
                 raise ValueError(
                     f"probes.layers={layer}: the model has layers 0 to {self.size.n_layer - 1}"
                 )
+        self._refuse_empty_probes()
+
+    def _refuse_empty_probes(self):
+        """Matrices of attention were asked for, of layers that have none."""
+        layers, matrices = self.probes.layers, self.probes.matrices
+        if not (layers and matrices and {"gradient", "weight"} & set(self.probes.names)):
+            return
+        plan = layer_plan(self.arch, self.size.n_layer)
+        if any(plan[layer].attention for layer in layers):
+            return
+        if all(matrix.startswith("attn.") for matrix in matrices):
+            raise ValueError(
+                f"probes.layers={','.join(map(str, layers))} has no attention in this rung, and "
+                f"probes.matrices={','.join(matrices)} nothing else; give other layers, or "
+                f"matrices of the mlp"
+            )
 
 
 def probed_layers(config: RunConfig) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from experiments.config import FINEWEB_FOLDER
 from experiments.corpus import build_corpus
 from experiments.shards import open_shard, read_vocabulary
 from models.command_line import UsageError
@@ -46,18 +47,20 @@ class TokenFiles(NamedTuple):
 def resolve_source(config: SourceConfig) -> TokenFiles:
     """The shards that data.source means: auto, corpus, or a glob of .bin shards.
 
-    auto is FineWeb in data.folder if there is any, else the corpus, which is built when needed.
+    auto is FineWeb in data.folder if there is any, else the corpus, which is built when needed; a
+    folder that was typed must have some.
     Among a glob's files those with "val" in their name are for validation. Vocabulary and
     end-of-text token come from a meta.json beside the shards, else they are GPT-2's. The shards
     themselves are not opened. Raises UsageError.
     """
     if config.source == "auto":
-        train = sorted(Path(config.folder).glob("fineweb_train_*.bin"))
-        val = sorted(Path(config.folder).glob("fineweb_val_*.bin"))
-        if not train and val:
+        folder = Path(config.folder).expanduser()
+        train, val = (sorted(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val"))
+        if not train and (val or config.folder != FINEWEB_FOLDER):
             raise UsageError(
-                f"data.folder={config.folder} has a validation shard but no fineweb_train_*.bin; "
-                f"run 'python -m experiments.data fineweb10B', or choose data=corpus"
+                f"data.folder={config.folder} has {'a validation shard but ' if val else ''}no "
+                f"fineweb_train_*.bin; run 'python -m experiments.data fineweb10B "
+                f"folder={folder}', or choose data=corpus"
             )
         if train:
             return _with_vocabulary(train, val, "fineweb10B")

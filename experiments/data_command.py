@@ -49,11 +49,12 @@ def split_words(words: Sequence[str], allowed: Sequence[str]) -> tuple[list[str]
 
 def fineweb_command(words: Sequence[str]) -> None:
     """Fetch FineWeb-10B, one line a shard."""
+    from experiments.config import FINEWEB_FOLDER
     from experiments.fineweb import fetch
 
     keys = _only_keys("fineweb10B", words, ("shards", "folder"))
     shards = cast("shards", keys.get("shards", "9"), int)
-    for path, fetched in fetch(shards, Path(keys.get("folder", "data/fineweb10B"))):
+    for path, fetched in fetch(shards, Path(keys.get("folder", FINEWEB_FOLDER))):
         print(f"{path}: {'fetched' if fetched else 'already there'}", flush=True)
 
 

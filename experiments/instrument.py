@@ -10,6 +10,7 @@ import numpy as np
 from experiments.config import RunConfig
 from experiments.devices import make_mesh, replicated
 from experiments.loss import make_loss
+from experiments.precision import full_precision
 from experiments.probe_set import (
     place_probe_set,
     probe_at,
@@ -43,7 +44,8 @@ class Instrument:
         self.facts = record_facts(config, windows, lens, model.dtype)
         self.folder = folder
         self._names = _expected_names(config)
-        self._measure = make_measure_step(make_loss(model), lens)
+        measure = make_measure_step(make_loss(model), lens)
+        self._measure = full_precision(measure, model.dtype)
         self._probe_batch = place_probe_set(config, windows, self._mesh)
         self._writer = RecordWriter(folder)
 

@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from experiments.data import (
     make_train_stream,
     sample_indices,
 )
+from experiments.data_identity import data_change, data_identity, keep_identity
 from experiments.devices import peak_flops, place_rows
 from experiments.metrics import MetricsFile
 from experiments.probe_set import probe_at, with_window
@@ -38,29 +39,32 @@ from experiments.setup import (
     make_run,
     read_yardstick,
 )
-from experiments.start import greet, initial_state
-from experiments.stops import Interrupt, NotFinite
+from experiments.start import circumstances, greet, initial_state
+from experiments.stops import Interrupt, NotFinite, failed_record_in_one_line
 from lens_jax.probes import spectra
 from lens_jax.records import RecordWriter
 from lens_jax.show import draw_run
 from lens_jax.step import TrainState
 from models.atomic_files import write_json
-from models.command_line import flatten
+from models.command_line import UsageError, flatten
 from models.flops import flops_per_token
 from models.windows import widest_window, window_at
 from optim.groups import learning_rates
 
-RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
 
 def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
     """Train until the target, the budget or a signal; returns the command's exit code."""
+    held = hold_out(config, files)
+    identity = data_identity(files, held)
+    if change := share(data_change(folder.path, identity)):
+        raise UsageError(change)
     result = folder.path / "result.json"
     if share(result.exists()):
         print(f"this run is finished, see {result}; another seed= or out= makes a new one")
         return 0
+    if is_first() and not folder.resumed:
+        keep_identity(folder.path, identity)
     schedule = make_schedule(config)
-    held = hold_out(config, files)
     windows = TrainWindows(files, row=config.row, exclude=held.exclude)
     run = make_run(config, schedule, held, read_yardstick(files))
     with ExitStack() as stack:
@@ -68,29 +72,35 @@ def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         )
-        state, start = initial_state(run, checkpoints, files.name)
+        here = circumstances(config, run, files.name)
+        state, start = initial_state(run, checkpoints, here)
         metrics = stack.enter_context(MetricsFile(folder.metrics_path)) if is_first() else None
         kept = metrics.truncate_from(start) if metrics else []
         known = dict(share([(row["step"], row["loss"]) for row in kept if row["kind"] == "val"]))
+        stack.enter_context(failed_record_in_one_line(folder.spectra))
         writer = stack.enter_context(RecordWriter(folder.spectra))
-        # keys are counted on the validation text, at the widest window
-        flops = flops_per_token(
-            config.arch, config.size, held.val[:, :-1], widest_window(config.arch, config.size)
-        )
+        flops = partial(_flops_at, config, held.val[:, :-1])
         display = stack.enter_context(
             Display(schedule.num_steps, start, flops, peak_flops(run.mesh))
         )
         greet(display, config, run, schedule, start)
         loop = Loop(
-            config, schedule, run, folder, checkpoints, metrics, writer, display, known, files.name
+            config, schedule, run, folder, checkpoints, metrics, writer, display, known, here
         )
         return loop.run(state, start, windows, interrupt)
+
+
+def _flops_at(config: RunConfig, rows: np.ndarray, blocks: float | None) -> float:
+    """FLOP per token at a window in mask blocks; keys are counted on the validation rows (R, T)."""
+    window = None if blocks is None else round(blocks * config.size.block)
+    return flops_per_token(config.arch, config.size, rows, window)
 
 
 class Loop:
     """One pass through the steps of a run, with everything it writes to.
 
-    Of several processes only the first writes metrics (None in the others) and records.
+    Of several processes only the first writes metrics (None in the others) and records. here: the
+    circumstances that checkpoints tell of (experiments.start).
     """
 
     def __init__(
@@ -104,15 +114,16 @@ class Loop:
         writer: RecordWriter,
         display: Display,
         known_losses: dict[int, float],
-        data_name: str,
+        here: dict[str, Any],
     ):
         self.config, self.schedule, self.run_ = config, schedule, run
         self.folder, self.checkpoints, self.metrics = folder, checkpoints, metrics
         self.writer, self.display = writer, display
-        self.val_losses, self.data_name = known_losses, data_name
+        self.val_losses, self.here = known_losses, here
         self.pending: tuple[int, dict, dict] | None = None  # step in flight, metrics, measured
         self.clock: float | None = None  # when the step in flight could begin, if that is known
         self.compiled = False  # whether a step that measures nothing has run
+        self.measured = False  # whether one that measures has been dispatched
         self.rates: list[float] = []
         self.poll = make_poll(run.mesh) if jax.process_count() > 1 else None
         self.signal = 0  # that any process had got when the last fetched step was dispatched
@@ -213,6 +224,8 @@ class Loop:
         stacked = rows.reshape(self.config.accumulate, -1, rows.shape[1])
         batches = with_window({"tokens": place_rows(mesh, stacked, axis=1)}, mesh, window)
         probe_batch = probe_at(self.run_.probe_batch, mesh, window) if measure else None
+        if measure and not self.measured:
+            self.measured, self.clock = True, None  # it compiles while a step may be in flight
         return self.run_.step(state, batches, probe_batch, measure=measure)
 
     def _fetch(self, measured_only: bool = False) -> None:
@@ -281,9 +294,7 @@ class Loop:
             "sample_index": step * self.config.rows_per_step,
             "tokens": step * self.config.tokens_per_step,
             "config": flatten(self.config),
-            "versions": {name: version(name) for name in RECORDED_PACKAGES},
-            "num_devices": self.run_.mesh.size,
-            "data": self.data_name,
+            **self.here,
         }
         self.checkpoints.save(step, state, meta)
         self.clock = None  # the files are written beside the next step

@@ -17,6 +17,7 @@ from experiments.paper_probe import paper_tokens, paper_values, write_summary
 from experiments.resolve import from_flat, read_stored, sized_by
 from experiments.schedule import make_schedule
 from experiments.setup import hold_out
+from experiments.stops import failed_record_in_one_line
 from lens_jax.fits import fit_power_law, rankme
 from lens_jax.jackknife import estimate
 from lens_jax.records import read_step, step_path
@@ -55,11 +56,12 @@ def measure(plan: "MeasureConfig", stored: RunConfig, config: RunConfig) -> int:
     if plan.run is not None:
         folder, targets = Path(plan.run), run_targets(plan, stored, files)
     else:
-        folder, targets = Path(config.out), [file_target(plan, config)]
+        folder, targets = Path(config.out).expanduser(), [file_target(plan, config)]
     config, windows = probe_windows(plan.probe, stored, config, files)
     if plan.checkpoint is not None:
         _claim(folder, config)
-    with Instrument(config, windows, folder / plan.records) as instrument:
+    records = folder / plan.records
+    with failed_record_in_one_line(records), Instrument(config, windows, records) as instrument:
         _measure_all(instrument, targets)
     for target in targets:
         path = step_path(instrument.folder, target.step)

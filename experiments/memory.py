@@ -172,6 +172,7 @@ def abstract_step(config: RunConfig, model):
     import jax.numpy as jnp
 
     from experiments.loss import make_loss
+    from experiments.precision import full_precision
     from experiments.probe_set import run_lens
     from experiments.schedule import make_schedule
     from lens_jax.lens import split_windows
@@ -198,7 +199,7 @@ def abstract_step(config: RunConfig, model):
         batch(probes.windows, length=probes.window),
     )
     step = make_train_step(make_loss(model), tx, run_lens(config), probe_data=probes.data)
-    return step, (state, batches, probe_batch)
+    return full_precision(step, model.dtype), (state, batches, probe_batch)
 
 
 def arrays_named(text: str) -> set[Array]:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -37,12 +39,19 @@ class Display:
     """Shows the newest losses and speed of a run; use it as a context manager.
 
     On a terminal one line is rewritten in place; elsewhere a line is printed at every validation
-    and otherwise every ten seconds.
+    and otherwise every ten seconds. flops_at(window in mask blocks, or None) -> FLOP per token; it
+    is asked only where `peak`, the devices' FLOP/s, is known.
     """
 
-    def __init__(self, num_steps: int, start: int, flops_per_token: float, peak: float | None):
+    def __init__(
+        self,
+        num_steps: int,
+        start: int,
+        flops_at: Callable[[float | None], float],
+        peak: float | None,
+    ):
         self._num_steps = num_steps
-        self._flops_per_token, self._peak = flops_per_token, peak
+        self._flops_at, self._peak = cache(flops_at), peak
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal
         self._began, self._start = time.monotonic(), start
@@ -86,7 +95,8 @@ class Display:
         left = elapsed / max(1, done - self._start) * (self._num_steps - done)
         mfu = "-"
         if self._peak and speed:
-            mfu = f"{100 * self._flops_per_token * speed / self._peak:.1f}%"
+            flops = self._flops_at(row["window_blocks"])
+            mfu = f"{100 * flops * speed / self._peak:.1f}%"
         val = "-" if self._val is None else f"{self._val:.3f}"
         return (
             f"step {done}/{self._num_steps}  {format_tokens(row['tokens'])} tokens  "

@@ -4,6 +4,7 @@ Precedence, whatever the order typed: defaults < tier < profile < rung < typed k
 imports jax.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -90,9 +91,34 @@ def resolve(words: Mapping[str, str], auto_profile: str) -> tuple[RunConfig, dic
         Layer("typed", typed | {"profile": profile}),
     )
     config, origin = build(RunConfig, layers)
+    _refuse_rate_of_zero(config)
     if config.target_loss == "published":
         config = chz.replace(config, target_loss=config.published_target)
     return config, origin
+
+
+def _refuse_rate_of_zero(config: RunConfig) -> None:
+    """A budget past the end of the published schedule would train on without moving."""
+    if config.anneal == "published" and config.num_steps > config.published_steps:
+        most = config.published_steps * config.tokens_per_step
+        raise UsageError(
+            f"max_tokens={config.max_tokens} with anneal=published: the learning rate of this run "
+            f"is 0 after {most} tokens; set anneal=budget, or give at most that"
+        )
+
+
+def resolve_somewhere(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
+    """As `resolve` on some machine, none of whose devices is asked; to refuse mistakes early.
+
+    profile=auto is the first of laptop and paper that the words fit. Raises UsageError, with the
+    line of laptop, for words that fit neither.
+    """
+    try:
+        return resolve(words, "laptop")
+    except UsageError as refused:
+        with contextlib.suppress(UsageError):
+            return resolve(words, "paper")
+        raise refused from None
 
 
 def resolve_here(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str], str]:
@@ -106,10 +132,23 @@ def resolve_here(words: Mapping[str, str]) -> tuple[RunConfig, dict[str, str], s
 
 
 def sized_by(config: RunConfig, vocab_size: int, eot_token: int) -> RunConfig:
-    """The configuration with the data's vocabulary and document start where it has none."""
+    """The configuration with the data's vocabulary and document start where it has none.
+
+    Raises UsageError for a vocabulary without that document start.
+    """
     size = config.size
     found = {"vocab_size": size.vocab_size or vocab_size}
     found["eot_token"] = eot_token if size.eot_token is None else size.eot_token
+    if found["eot_token"] >= found["vocab_size"]:
+        if size.vocab_size is None:
+            raise UsageError(
+                f"size.eot_token={size.eot_token}: the data have a vocabulary of {vocab_size}; "
+                f"give one of its tokens, or none"
+            )
+        raise UsageError(
+            f"size.vocab_size={size.vocab_size}: documents of this data begin with token "
+            f"{found['eot_token']}; give at least {found['eot_token'] + 1}, or none"
+        )
     return chz.replace(config, size=chz.replace(size, **found))
 
 
@@ -143,7 +182,7 @@ def parse_command(argv: list[str]) -> dict[str, str]:
 
 def help_text(usage: str, words: Mapping[str, str]) -> str:
     """`--help` of a command that takes a run's keys, with the values the other words give."""
-    config, _ = resolve(words, "laptop")
+    config, _ = resolve_somewhere(words)
     return help_page(usage, RunConfig, ALIASES, flatten(config))
 
 

@@ -88,7 +88,7 @@ class RunFolder:
         """
         if resume not in ("auto", "never", "must"):
             raise UsageError(f"resume={resume!r}: one of auto, never, must")
-        path = Path(path).absolute()
+        path = Path(path).expanduser().absolute()
         _refuse_wrong_resume(path, resume)  # before anything is written into a wrong folder
         _make_folder(path)
         lock = _take_lock(path)
@@ -113,7 +113,7 @@ class RunFolder:
     @classmethod
     def beside(cls, path: str | os.PathLike) -> "RunFolder":
         """The folder that another process of the same run has opened: its paths, without a lock."""
-        path = Path(path).absolute()
+        path = Path(path).expanduser().absolute()
         return cls(path, None, _has_checkpoint(path))
 
     def close(self) -> None:

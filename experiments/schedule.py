@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from experiments.config import RunConfig
-from optim.schedules import Horizon, reference_to_run_steps
+from optim.schedules import Horizon
 
 
 class Schedule(NamedTuple):
@@ -25,12 +25,9 @@ class Schedule(NamedTuple):
 
 def make_schedule(config: RunConfig) -> Schedule:
     """The schedule that a configuration asks for; the last step validates, measures and saves."""
-    published = _run_steps(config, config.optim.num_steps)
-    num_steps = published
-    if config.max_tokens is not None:
-        num_steps = config.max_tokens // config.tokens_per_step
-    length = num_steps if config.anneal == "budget" else published
-    horizon = Horizon(length, _run_steps(config, config.optim.momentum_steps))
+    num_steps = config.num_steps
+    length = num_steps if config.anneal == "budget" else config.published_steps
+    horizon = Horizon(length, config.run_steps(config.optim.momentum_steps))
     tokens = num_steps * config.tokens_per_step
     linear_from = max(config.probes.linear_from, config.tokens_per_step)
     measure = _steps(config, doubling_grid(config.probes.first, linear_from, tokens))
@@ -40,7 +37,7 @@ def make_schedule(config: RunConfig) -> Schedule:
     return Schedule(
         num_steps=num_steps,
         horizon=horizon,
-        window_steps=_run_steps(config, config.arch.window_steps),
+        window_steps=config.run_steps(config.arch.window_steps),
         validate=frozenset(_steps(config, _every(config, config.val_every, tokens)) | end),
         measure=frozenset(measure | end) if config.probes.names else frozenset(),
         checkpoint=frozenset(_steps(config, _every(config, config.checkpoint_every, tokens)) | end),
@@ -66,7 +63,3 @@ def doubling_grid(first: int, linear_from: int, end: int) -> list[int]:
 
 def _steps(config: RunConfig, tokens: Iterable[int]) -> set[int]:
     return {-(-count // config.tokens_per_step) for count in tokens}
-
-
-def _run_steps(config: RunConfig, reference_steps: int) -> int:
-    return reference_to_run_steps(reference_steps, batch=config.batch, time_scale=config.time_scale)

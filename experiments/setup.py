@@ -12,6 +12,7 @@ from experiments.config import RunConfig
 from experiments.data import HeldOut, TokenFiles, held_out
 from experiments.devices import make_mesh, place_rows, replicated, split_leading
 from experiments.loss import make_loss
+from experiments.precision import full_precision
 from experiments.probe_set import place_probe_set, record_facts, run_lens, with_window
 from experiments.schedule import Schedule
 from lens_jax.lens import ProbeBatch
@@ -107,8 +108,8 @@ def make_run(
     fixed = bool(lens.probes or lens.sweeps) and config.probes.data == "fixed"
     return Run(
         mesh=mesh,
-        step=step,
-        evaluate=_make_evaluate(loss_fn, held.val, micro_rows, mesh),
+        step=full_precision(step, model.dtype),
+        evaluate=_make_evaluate(loss_fn, held.val, micro_rows, mesh, model.dtype),
         fresh_state=jax.jit(
             lambda: init_state(init_params(model, config.seed), tx), out_shardings=replicated(mesh)
         ),
@@ -119,13 +120,25 @@ def make_run(
     )
 
 
-def _make_evaluate(loss_fn, rows: np.ndarray, most_rows: int, mesh) -> Callable:
+def _make_evaluate(loss_fn, rows: np.ndarray, most_rows: int, mesh, dtype) -> Callable:
     """Mean loss over all validation rows, in chunks of at most a micro-batch."""
-    chunk = max(n for n in range(1, most_rows + 1) if len(rows) % n == 0)
+    chunk = validation_chunk(len(rows), most_rows, mesh.size)
     chunks = place_rows(mesh, rows.reshape(-1, chunk, rows.shape[1]), axis=1)
 
     @jax.jit
-    def evaluate(params, batches):
+    def mean_loss(params, batches):
         return jnp.mean(jax.lax.map(lambda batch: loss_fn(params, batch)[0], batches))
 
+    evaluate = full_precision(mean_loss, dtype)
     return lambda params, window: evaluate(params, with_window({"tokens": chunks}, mesh, window))
+
+
+def validation_chunk(rows: int, most: int, num_devices: int) -> int:
+    """Rows of one pass of a validation: a divisor of `rows`, and at most `most`.
+
+    The greatest that the devices can share, where there is one: any other is computed whole on
+    every device.
+    """
+    divisors = [count for count in range(1, most + 1) if rows % count == 0]
+    shared = [count for count in divisors if count % num_devices == 0]
+    return max(shared or divisors)

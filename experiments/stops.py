@@ -1,6 +1,12 @@
-"""What ends a run before its time: a signal, or a number that is not finite."""
+"""What ends a run before its time: a signal, a number that is not finite, or a full disk."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from experiments.checkpoint_damage import reason
+from models.command_line import UsageError
 
 
 class NotFinite(Exception):
@@ -12,8 +18,30 @@ class NotFinite(Exception):
         self.kind, self.step, self.numbers = kind, step, numbers
 
 
+@contextmanager
+def failed_record_in_one_line(folder: Path) -> Iterator[None]:
+    """A UsageError in place of what a RecordWriter of `folder` raises when it cannot write.
+
+    Enter it before the writer, whose last error comes when it is closed.
+    """
+    try:
+        yield
+    except OSError as error:
+        # the writer's thread notes on what it raises which step it was about
+        about = [note for note in getattr(error, "__notes__", ()) if note.startswith("while ")]
+        if not about:
+            raise
+        raise UsageError(
+            f"cannot write in {folder}: {reason(error)}, {about[0]}; free some space and resume"
+        ) from error
+
+
 class Interrupt:
-    """Turns SIGINT and SIGTERM into a number that the loop reads between steps."""
+    """Turns SIGINT and SIGTERM into a number that the loop reads between steps.
+
+    A second Ctrl-C ends the process at once, as if there were no handler: a step, or a program that
+    compiles, would hold up any other. A run can go on after that as after a kill.
+    """
 
     def __init__(self):
         self.received: int | None = None
@@ -30,3 +58,5 @@ class Interrupt:
     def _note(self, number, frame) -> None:
         del frame
         self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

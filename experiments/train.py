@@ -16,8 +16,8 @@ from experiments.resolve import (
     describe_layers,
     help_text,
     parse_command,
-    resolve,
     resolve_here,
+    resolve_somewhere,
     run_name,
     sized_by,
 )
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         return 0
     words = parse_command(argv)
     if words.get("profile", "auto") == "auto":
-        resolve(words, "laptop")  # a mistake is answered before any device is asked
+        resolve_somewhere(words)  # a mistake is answered before any device is asked
     with joined():
         return run(words)
 

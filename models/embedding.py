@@ -9,6 +9,8 @@ most once. `python -m experiments.bench sections=scatter` and benchmarks/first_g
 import jax
 import jax.numpy as jnp
 
+COLUMNS = 256  # most of the width that scan_rows takes at a time
+
 
 @jax.custom_vjp
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -38,19 +40,31 @@ def scatter_rows(ids: jax.Array, rows: jax.Array, vocab: int) -> jax.Array:
 
 
 def scan_rows(ids: jax.Array, rows: jax.Array, vocab: int) -> jax.Array:
-    """The same by a parallel scan over the sorted ids, then one row written for each id."""
+    """The same by a parallel scan over the sorted ids, then one row written for each id.
+
+    Columns do not meet, so they are taken some at a time: a scan holds several copies of its rows.
+    """
     order = jnp.argsort(ids)
-    ids, rows = ids[order], rows[order]
+    ids = ids[order]
     first = jnp.diff(ids, prepend=-1) != 0
     last = jnp.diff(ids, append=vocab) != 0
+    # all but the last of an id go to places of their own beyond the table, which are dropped
+    places = jnp.where(last, ids, vocab + jnp.arange(len(ids), dtype=ids.dtype))
 
     def add(left, right):
         (left_first, left_sum), (right_first, right_sum) = left, right
         kept = jnp.where(right_first[:, None], 0, left_sum)
         return left_first | right_first, kept + right_sum
 
-    _, sums = jax.lax.associative_scan(add, (first, rows))
-    # all but the last of an id go to places of their own beyond the table, which are dropped
-    places = jnp.where(last, ids, vocab + jnp.arange(len(ids), dtype=ids.dtype))
-    table = jnp.zeros((vocab, rows.shape[1]), rows.dtype)
-    return table.at[places].set(sums, mode="drop", unique_indices=True)
+    width = rows.shape[1]
+    columns = max(count for count in range(1, min(width, COLUMNS) + 1) if width % count == 0)
+
+    def visit(block, table):
+        some = jax.lax.dynamic_slice_in_dim(rows, block * columns, columns, axis=1)
+        _, sums = jax.lax.associative_scan(add, (first, some[order]))
+        part = jnp.zeros((vocab, columns), rows.dtype)
+        part = part.at[places].set(sums, mode="drop", unique_indices=True)
+        return jax.lax.dynamic_update_slice_in_dim(table, part, block * columns, axis=1)
+
+    table = jnp.zeros((vocab, width), rows.dtype)
+    return jax.lax.fori_loop(0, width // columns, visit, table)

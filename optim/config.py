@@ -1,12 +1,34 @@
 """Optimizer settings as data, readable without importing jax.
 
 Rates, betas and schedule lengths are the published ones (ladder spec 5.2 and 5.3); lengths are in
-*reference steps*, steps of batch tier 8, and `optim.schedules` turns them into steps of the run.
+*reference steps*, steps of batch tier 8, and `reference_to_run_steps` turns them into steps of a
+run.
 """
 
 from typing import Literal
 
 import chz
+
+REFERENCE_BATCH = 8  # long rows per step of the batch tier in which published lengths are stated
+
+
+def reference_to_run_steps(reference_steps: int, *, batch: int, time_scale: float = 1.0) -> int:
+    """Convert a length in steps of batch tier 8 to steps of batch tier `batch`.
+
+    Lengths are constant in tokens: `batch` long rows a step need 8 / batch times the steps, and
+    `time_scale` shortens or stretches the whole run. 0 stays 0 (no warm-up), anything else is at
+    least 1. Raises ValueError for a negative length or a factor that is not positive. Source:
+    ladder spec 6 (500 momentum steps at batch 8 are 125 at batch 32).
+    """
+    if reference_steps < 0:
+        raise ValueError(f"reference_steps={reference_steps}: give 0 or more steps")
+    if not batch > 0:
+        raise ValueError(f"batch={batch}: give at least 1 row a step")
+    if not 0 < time_scale < float("inf"):
+        raise ValueError(f"time_scale={time_scale}: give a positive finite factor")
+    if reference_steps == 0:
+        return 0
+    return max(1, round(reference_steps * time_scale * REFERENCE_BATCH / batch))
 
 
 @chz.chz
@@ -58,8 +80,8 @@ class OptimConfig:
             raise ValueError(f"optim.num_steps={self.num_steps}: give at least 1 step")
         if self.momentum_steps < 0:
             raise ValueError(f"optim.momentum_steps={self.momentum_steps}: give 0 or more steps")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip={self.clip}: give a positive norm, or none")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise ValueError(f"optim.clip={self.clip}: give a positive finite norm, or none")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: give 0 or more")
         if self.ns_steps < 1:

@@ -14,34 +14,13 @@ import numpy as np
 
 from optim.config import OptimConfig
 
-REFERENCE_BATCH = 8  # long rows per step of the batch tier in which published lengths are stated
-
 
 @dataclass(frozen=True)
 class Horizon:
-    """Schedule lengths in steps of this run, after `reference_to_run_steps`."""
+    """Schedule lengths in steps of this run, after `optim.config.reference_to_run_steps`."""
 
     num_steps: int
     momentum_steps: int = 0
-
-
-def reference_to_run_steps(reference_steps: int, *, batch: int, time_scale: float = 1.0) -> int:
-    """Convert a length in steps of batch tier 8 to steps of batch tier `batch`.
-
-    Lengths are constant in tokens: `batch` long rows a step need 8 / batch times the steps, and
-    `time_scale` shortens or stretches the whole run. 0 stays 0 (no warm-up), anything else is at
-    least 1. Raises ValueError for a negative length or a factor that is not positive. Source:
-    ladder spec 6 (500 momentum steps at batch 8 are 125 at batch 32).
-    """
-    if reference_steps < 0:
-        raise ValueError(f"reference_steps={reference_steps}: give 0 or more steps")
-    if not batch > 0:
-        raise ValueError(f"batch={batch}: give at least 1 row a step")
-    if not 0 < time_scale < float("inf"):
-        raise ValueError(f"time_scale={time_scale}: give a positive finite factor")
-    if reference_steps == 0:
-        return 0
-    return max(1, round(reference_steps * time_scale * REFERENCE_BATCH / batch))
 
 
 def learning_rate_factor(config: OptimConfig, num_steps: int) -> Callable:

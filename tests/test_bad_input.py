@@ -73,12 +73,19 @@ TRAIN = (
     ("optim.embed_betas=0.9", "optim.embed_betas=0.9: give 2 values"),
     ("optim.embed_betas=0.9,1", "optim.embed_betas=(0.9, 1.0): give two numbers in [0, 1)"),
     ("optim.warmdown=2", "optim.warmdown=2.0: give a share"),
+    ("optim.clip=inf", "optim.clip=inf: give a positive finite norm, or none"),
     ("target_loss=-1", "target_loss=-1.0: give a positive loss"),
+    ("target_loss=inf", "target_loss=inf: give a positive loss"),
     ("published_target=nan", "published_target=nan: give a positive loss"),
     ("time_scale=0", "time_scale=0.0: give a positive"),
+    ("time_scale=1e6 anneal=published", "time_scale=1e+06 stretches 10,000 reference steps"),
+    ("time_scale=1e300", "time_scale=1e+300 stretches"),
+    ("max_tokens=1e14", "max_tokens=100000000000000 are more than 2,147,483,647 steps"),
+    ("rung=sparsev anneal=published max_tokens=1e8", "after 1228800 tokens; set anneal=budget"),
     ("probes=activations", "probes.names=activations: choose among"),
     ("probes.matrices=attn.c_attn", "probes.matrices=attn.c_attn: choose among"),
     ("probes.layers=12", "probes.layers=12: the model has layers 0 to 11"),
+    ("probes.layers=7 probes.matrices=attn.c_q", "probes.layers=7 has no attention in this rung"),
     ("probes.gradient_windows=1", "probes.gradient_windows=1: give 2 to"),
     ("probes.chunk=5", "probes.chunk=5 does not divide"),
     ("probes.groups=0", "probes.groups=0: give at least 1"),
@@ -88,8 +95,11 @@ TRAIN = (
     ("rung=baseline probes.window=256", "probes.window=256 is longer than the position table"),
     ("data.val_tokens=100", "data.val_tokens=100 is not a multiple of the row"),
     ("data.probe_offset=1", "data.probe_offset=1 lies inside the validation tokens"),
+    ("data={tmp}/gpt2/*.bin size.vocab_size=50000", "size.vocab_size=50000: documents of this"),
+    ("data={tmp}/gpt2/*.bin size.eot_token=60000", "size.eot_token=60000: the data have a"),
     ("data={tmp}/none/*.bin", "data={tmp}/none/*.bin matches no file"),
     ("data={tmp}/data", "data={tmp}/data is a folder"),
+    ("data.folder={tmp}/data", "data.folder={tmp}/data has no fineweb_train_*.bin"),
     ("data={tmp}/data/*val*.bin", "matches only validation shards"),
     ("data={tmp}/broken/truncated.bin", "{tmp}/broken/truncated.bin: is truncated"),
     ("data={tmp}/broken/magic.bin", "{tmp}/broken/magic.bin: begins with 7 instead of"),
@@ -161,6 +171,8 @@ def fill(tmp: Path) -> None:
     for name in ("data/x_train", "data/x_val", "broken/magic", "broken/truncated", "meta/x_train"):
         write_shard(tmp / f"{name}.bin", tokens)
     write_shard(tmp / "outside/x_train.bin", tokens + 1)
+    (tmp / "gpt2").mkdir()
+    write_shard(tmp / "gpt2/x_train.bin", tokens)
     (tmp / "meta/meta.json").write_text("{")
     whole = (tmp / "broken/magic.bin").read_bytes()
     (tmp / "broken/truncated.bin").write_bytes(whole[:-100])

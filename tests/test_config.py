@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.bench import parse_bench
 from experiments.config import RunConfig, probed_layers
 from experiments.resolve import (
     ALIASES,
@@ -18,6 +19,7 @@ from experiments.resolve import (
     help_text,
     parse_command,
     resolve,
+    resolve_somewhere,
     run_name,
 )
 from models import ladder, ladder_table
@@ -230,6 +232,34 @@ def test_auto_profile_is_what_the_machine_says():
     assert resolved(auto="paper").profile == "paper"
     assert resolved(auto="laptop") == resolved("profile=laptop")
     assert resolved("profile=paper", auto="laptop").profile == "paper"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "probes.gradient_windows=256",
+        "data.val_tokens=5242880",
+        "rung=muon accumulate=64",
+        "max_tokens=none",
+    ],
+)
+def test_words_for_a_large_accelerator_pass_the_early_look(words):
+    typed = parse_command(words.split())
+    with pytest.raises(UsageError):
+        resolve(typed, "laptop")
+    assert resolve_somewhere(typed) == resolve(typed, "paper")
+    assert "profile=paper" in help_text("usage", typed)
+    parse_bench([*words.split(), "rungs=muon"])
+
+
+@pytest.mark.parametrize("words", ["batch=0", "profile=laptop max_tokens=none"])
+def test_words_that_fit_no_profile_are_refused_early(words):
+    typed = parse_command(words.split())
+    with pytest.raises(UsageError) as early:
+        resolve_somewhere(typed)
+    with pytest.raises(UsageError) as late:
+        resolve(typed, "laptop")
+    assert str(early.value) == str(late.value)
 
 
 def test_aliases_stand_for_keys_that_exist():

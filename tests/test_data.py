@@ -287,11 +287,13 @@ def test_damaged_and_foreign_shards_are_refused_when_opened(tmp_path):
         TrainWindows(files, row=ROW)
 
 
-def test_auto_takes_fineweb_where_it_is(tmp_path):
+def test_auto_takes_fineweb_where_it_is(tmp_path, monkeypatch):
     for name in ("train_000002", "train_000001", "val_000000"):
         write_shard(tmp_path / f"fineweb_{name}.bin", np.arange(9))
     write_shard(tmp_path / "other.bin", np.arange(9))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     files = resolve_source(Source(folder=str(tmp_path)))
+    assert resolve_source(Source(folder=f"~/{tmp_path.name}")) == files
     assert [path.name for path in files.train] == [
         "fineweb_train_000001.bin",
         "fineweb_train_000002.bin",
@@ -308,7 +310,8 @@ def test_corpus_is_taken_otherwise(tmp_path, monkeypatch, source):
         write_shard(folder / f"corpus_{name}.bin", np.arange(9))
     (folder / "meta.json").write_text('{"vocab_size": 300, "eot_token": 0}')
     monkeypatch.setattr(data, "build_corpus", {300: folder}.get)
-    files = resolve_source(Source(source=source, folder=str(tmp_path / "none")))
+    monkeypatch.chdir(tmp_path)  # where the default folder is not
+    files = resolve_source(Source(source=source))
     assert [len(files.train), len(files.val)] == [2, 1]
     assert files[2:] == (300, 0, "corpus-x")
 
@@ -325,6 +328,10 @@ def test_glob_splits_by_name_and_reads_meta(tmp_path):
 def make_half_download(folder):
     write_shard(folder / "fineweb_val_000000.bin", np.arange(9))
     return Source(folder=str(folder))
+
+
+def make_nothing(folder):
+    return Source(folder=str(folder / "none"))
 
 
 def make_two_vocabularies(folder):
@@ -347,6 +354,7 @@ def make_only_validation(folder):
         (lambda folder: Source(source=str(folder)), "is a folder"),
         (make_only_validation, "only validation shards"),
         (make_half_download, "no fineweb_train_"),
+        (make_nothing, "/none has no fineweb_train_"),
         (make_two_vocabularies, "(70, 3)"),
     ],
 )

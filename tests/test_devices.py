@@ -85,6 +85,25 @@ print(jax.device_count(), len(paths), worst)
 """
 
 
+VALIDATION = """
+import numpy as np
+from experiments import setup
+from experiments.devices import make_mesh
+def place(mesh, tokens, *, axis):
+    placed = own(mesh, tokens, axis=axis)
+    print(*placed.sharding.shard_shape(placed.shape))
+    return placed
+own, setup.place_rows = setup.place_rows, place
+for rows in (24, 12):
+    setup._make_evaluate(None, np.zeros((rows, 3), np.int32), 16, make_mesh(16), np.float32)
+"""
+
+
+def test_eight_devices_share_the_rows_of_a_validation():
+    # passes, rows of each on a device, tokens: of 24 rows one a device, of 12 all on every one
+    assert python(VALIDATION, **EIGHT) == ["3 1 3", "1 12 3"]
+
+
 def test_one_backward_on_eight_devices_is_vmap_of_grad():
     devices, kernels, worst = python(ROUTES, **EIGHT)[-1].split()
     assert (int(devices), int(kernels)) == (8, 20)  # one of the four layers has no attention
@@ -127,12 +146,46 @@ def test_a_cpu_is_split_in_two_unless_the_user_has_chosen():
     assert python(code, JAX_NUM_CPU_DEVICES="3") == ["3"]
 
 
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The environment of a machine that has an accelerator's plugin, here an empty module."""
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin/jax_cuda12_plugin.py").write_text("")
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    return {"PYTHONPATH": f"{tmp_path / 'plugin'}:{ROOT}"}
+
+
+def test_the_cpu_is_split_before_a_plugin_is_asked_for_devices(plugin):
+    code = (
+        "from experiments.devices import split_cpu\n"
+        "from experiments.resolve import resolve_here\n"
+        "print(resolve_here({})[2])\n"
+        "split_cpu()\n"  # as every command does later
+        "import os, jax\n"
+        "print(jax.device_count() == min(2, os.cpu_count()))"
+    )
+    assert python(code, **plugin) == ["no accelerator is visible", "True"]
+
+
+def test_a_run_with_profile_auto_trains_where_a_plugin_is_installed(plugin, tmp_path):
+    words = make_words(make_data(tmp_path), 1, profile="auto", probes="", out=tmp_path / "run")
+    code, out, err = train(words, tmp_path / "cache", **plugin)
+    assert (code, err) == (0, "")
+    assert "profile laptop: no accelerator is visible" in out
+
+
 def test_peak_flops_of_a_mesh():
     def mesh(kind):
         device = SimpleNamespace(device_kind=kind)
         return SimpleNamespace(devices=np.array([device, device]), size=2)
 
     assert devices.peak_flops(mesh("NVIDIA H100 80GB HBM3")) == 2 * 989.5e12
+    assert devices.peak_flops(mesh("NVIDIA H200")) == 2 * 989.5e12
+    assert devices.peak_flops(mesh("NVIDIA H100 PCIe")) == 2 * 756.5e12
+    for kind in ("NVIDIA H100 NVL", "NVIDIA H200 NVL"):
+        assert devices.peak_flops(mesh(kind)) == 2 * 835.5e12
+    assert devices.peak_flops(mesh("NVIDIA H100 80GB HBM3 MIG 1g.10gb")) is None
     assert devices.peak_flops(mesh("cpu")) is None
 
 
@@ -153,6 +206,7 @@ def test_the_profile_depends_on_the_memory_of_the_accelerator(
         platform=platform, device_kind="NVIDIA A100", memory_stats=lambda: stats
     )
     monkeypatch.setattr(devices, "ACCELERATOR_PLUGINS", ("jax",))
+    monkeypatch.setattr(devices, "split_cpu", lambda: None)  # jax of this process runs already
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert devices.auto_profile()[0] == profile
 

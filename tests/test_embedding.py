@@ -28,6 +28,31 @@ def test_rows_are_summed_by_id(ids, seed):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def scanned(columns, vocab, shape, monkeypatch):
+    """The compiled scan that takes so many columns at a time, and random ids and rows for it."""
+    monkeypatch.setattr(embedding, "COLUMNS", columns)
+    rng = np.random.default_rng(2)
+    ids = jnp.asarray(rng.integers(0, vocab, shape[0]))
+    rows = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    scan = jax.jit(lambda ids, rows: scan_rows(ids, rows, vocab))
+    return scan.lower(ids, rows).compile(), (ids, rows)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 6])  # of 12: twelve times 1, three times 4, twice 6
+def test_columns_taken_some_at_a_time_have_the_same_sums(columns, monkeypatch):
+    whole, arguments = scanned(12, VOCAB, (40, 12), monkeypatch)
+    some, _ = scanned(columns, VOCAB, (40, 12), monkeypatch)
+    np.testing.assert_array_equal(some(*arguments), whole(*arguments))
+
+
+def test_columns_taken_some_at_a_time_need_less_memory(monkeypatch):
+    needed = [
+        scanned(columns, 64, (4096, 512), monkeypatch)[0].memory_analysis().temp_size_in_bytes
+        for columns in (512, 64)
+    ]
+    assert needed[1] < needed[0] / 4
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_the_gradient_is_that_of_the_lookup(backend, monkeypatch):
     monkeypatch.setattr(embedding.jax, "default_backend", lambda: backend)
@@ -51,7 +76,9 @@ def test_ids_outside_the_table_are_dropped_and_looked_up_as_nan(way):
     assert not np.isnan(looked_up[0, 0]).any()
 
 
-def test_rows_may_be_mapped_over():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_rows_may_be_mapped_over(backend, monkeypatch):
+    monkeypatch.setattr(embedding.jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(1)
     ids = jnp.asarray(rng.integers(0, VOCAB, (3, 1, 6)))
     table = jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32)

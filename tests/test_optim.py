@@ -9,10 +9,10 @@ import twins_optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optim.config import OptimConfig
+from optim.config import OptimConfig, reference_to_run_steps
 from optim.groups import GROUPS, group_labels, group_of, learning_rates, make_optimizer
 from optim.muon import newton_schulz
-from optim.schedules import Horizon, learning_rate_factor, momentum, reference_to_run_steps
+from optim.schedules import Horizon, learning_rate_factor, momentum
 
 D, V, T = 8, 20, 6
 

@@ -28,12 +28,13 @@ def test_durations(seconds, text):
     assert format_seconds(seconds) == text
 
 
-def train_row(step, loss):
-    return {"kind": "train", "step": step, "tokens": (step + 1) * 256, "loss": loss}
+def train_row(step, loss, blocks=None):
+    tokens = (step + 1) * 256
+    return {"kind": "train", "step": step, "tokens": tokens, "loss": loss, "window_blocks": blocks}
 
 
 def test_without_a_terminal_there_are_few_lines_each_whole(capsys):
-    with Display(num_steps=100, start=0, flops_per_token=1e6, peak=None) as display:
+    with Display(num_steps=100, start=0, flops_at=pytest.fail, peak=None) as display:
         display.note("[bold] is not markup here")
         for step in range(50):
             display.train(train_row(step, 3.0), 1e4 if step else None)
@@ -47,9 +48,23 @@ def test_without_a_terminal_there_are_few_lines_each_whole(capsys):
 
 
 def test_utilisation_is_shown_where_the_peak_is_known(capsys):
-    with Display(num_steps=2, start=0, flops_per_token=1e6, peak=1e12) as display:
+    with Display(num_steps=2, start=0, flops_at={None: 1e6}.get, peak=1e12) as display:
         display.validation({"step": 0, "tokens": 0, "loss": 4.0, "seconds": 0.3})
         display.train(train_row(0, 3.0), 5e5)
     line = capsys.readouterr().out.splitlines()[-1]
     assert "val 4.000  500k tok/s" in line
     assert line.endswith("MFU 50.0%")
+
+
+def test_utilisation_is_that_of_the_window_of_the_step():
+    asked = []
+
+    def flops_at(blocks):
+        asked.append(blocks)
+        return 1e6 * blocks
+
+    display = Display(num_steps=9, start=0, flops_at=flops_at, peak=1e12)
+    for step, blocks in enumerate((0.5, 0.5, 14.0, 14.0)):
+        text = display._describe(train_row(step, 3.0, blocks), 5e4)
+        assert text.endswith(f"MFU {5 * blocks:.1f}%")
+    assert asked == [0.5, 14.0]

@@ -62,6 +62,14 @@ def test_a_relative_folder_becomes_absolute(tmp_path, monkeypatch):
         assert run.path == tmp_path / "run"
 
 
+def test_a_folder_in_the_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with RunFolder.open("~/run", "never", CONFIG) as run:
+        assert run.path == tmp_path / "run" == RunFolder.beside("~/run").path
+    assert not (tmp_path / "~").exists()
+
+
 def test_auto_and_must_go_on_from_a_checkpoint(finished):
     for resume in ("auto", "must"):
         with RunFolder.open(finished, resume, CONFIG) as run:

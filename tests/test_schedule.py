@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.config import DataConfig, ProbeConfig, RunConfig
+from experiments.resolve import resolve
 from experiments.schedule import doubling_grid, make_schedule
+from experiments.study.presets import LAPTOP, LAPTOP_RUN, LAPTOP_RUNGS
+from models.command_line import UsageError
 
 EVENTS = ("validate", "measure", "checkpoint")
 LONG_ROW = 64
@@ -60,6 +63,23 @@ def test_the_published_length_is_constant_in_tokens():
 @pytest.mark.parametrize(("anneal", "length"), [("published", 120_000), ("budget", 100)])
 def test_the_rate_comes_down_with_the_published_run_or_with_the_budget(anneal, length):
     assert make_schedule(make_config(anneal=anneal)).horizon.num_steps == length
+
+
+def test_a_budget_past_the_published_end_is_refused_and_one_up_to_it_is_not():
+    words = {"rung": "sparsev", "anneal": "published", "max_tokens": str(300 * 4096)}
+    config, _ = resolve(words, "laptop")
+    assert make_schedule(config).num_steps == make_schedule(config).horizon.num_steps == 300
+    longer = words | {"max_tokens": str(301 * 4096)}
+    with pytest.raises(UsageError, match="set anneal=budget, or give at most that"):
+        resolve(longer, "laptop")
+    config, _ = resolve(longer | {"anneal": "budget"}, "laptop")
+    assert make_schedule(config).horizon.num_steps == 301
+
+
+def test_the_rungs_of_the_laptop_study_end_within_their_schedules():
+    for rung in LAPTOP_RUNGS:
+        for batch in LAPTOP["batches"]:
+            resolve(LAPTOP_RUN | {"rung": rung, "batch": str(batch)}, "laptop")
 
 
 @given(

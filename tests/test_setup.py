@@ -2,6 +2,7 @@
 
 import chz
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import tiny_config
@@ -14,7 +15,14 @@ from experiments.loss import make_loss
 from experiments.probe_set import place_probe_set
 from experiments.resolve import parse_command, resolve
 from experiments.schedule import make_schedule
-from experiments.setup import hold_out, make_run, read_yardstick
+from experiments.setup import (
+    _make_evaluate,
+    compute_dtype,
+    hold_out,
+    make_run,
+    read_yardstick,
+    validation_chunk,
+)
 from lens_jax.probes import spectra
 from models.gpt import GPT
 
@@ -106,6 +114,40 @@ def test_validation_is_the_mean_loss_of_every_row(data):
     one_by_one = [float(loss_fn(params, {"tokens": row[None]})[0]) for row in rows]
     assert len(rows) == config.data.val_tokens // config.row
     assert float(run.evaluate(params, None)) == pytest.approx(np.mean(one_by_one), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "num_devices", "chunk"),
+    [
+        (16, 8, 1, 8),
+        (24, 16, 8, 8),  # 12 divides too, and would be computed whole on each of the eight
+        (12, 8, 8, 6),  # none that eight devices can share
+        (640, 64, 4, 64),
+    ],
+)
+def test_devices_share_the_rows_of_a_validation_where_they_can(rows, most, num_devices, chunk):
+    assert validation_chunk(rows, most, num_devices) == chunk
+
+
+def test_every_product_of_a_float32_run_is_computed_in_full(data):
+    for dtype, precisions in (("float32", {"highest"}), ("bfloat16", {None})):
+        found = []
+
+        def loss_fn(params, batch, found=found):
+            found.append(jax.config.jax_default_matmul_precision)
+            return jnp.float32(0), {}
+
+        rows = np.zeros((4, 3), np.int32)
+        _make_evaluate(loss_fn, rows, 2, make_mesh(1), jnp.dtype(dtype))({}, None)
+        assert set(found) == precisions
+        config, run, batches = build(data, compute_dtype=dtype)
+        arguments = run.fresh_state(), {"tokens": batches[0]}, run.probe_batch
+        lines = run.step.lower(*arguments, measure=True).as_text().splitlines()
+        products = [line for line in lines if "stablehlo.dot_general" in line]
+        plain = [line for line in products if "HIGHEST" not in line]
+        assert products
+        assert bool(plain) == (dtype == "bfloat16")
+        assert compute_dtype(config) == dtype
 
 
 def test_no_probes_no_probe_set(data):
