@@ -138,7 +138,7 @@ def make_lens(
         probes.append(activation_probe(activations, windows, groups, **settings))
     if weights:
         probes.append(weight_probe(tuple(weights)))
-    sink = Sink(rows * pieces, "rows" if passes > 1 else "gram")
+    sink = Sink(rows * pieces, "rows" if passes > 1 else "gram", pieces)
     parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
     return Lens(
         tuple(probes),
