@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from lens_jax import axis_style as axes
 from lens_jax.axis_style import BLUE, FAINT, GRID, INK, LINES, SHADE, SKY, VERMILLION
-from lens_jax.fits import PowerLaw, fit_power_law, rankme, rankme_sigma, topk_share
+from lens_jax.fits import PowerLaw, fit_power_law, rankme, rankme_sigma, topk_share, window_alpha
 from lens_jax.jackknife import alpha_error, jackknife
 from lens_jax.saved_run import SavedRun, display_windows, layer_name, short_count, site_name
 
@@ -83,7 +83,8 @@ def tail_exponents(ax, run: SavedRun) -> None:
     tokens = [record.tokens for record in records]
     for name, window, colour, shape in _tail_windows(run, records[-1].values.size):
         fits = [fit_power_law(record.values, *window) for record in records]
-        alphas, label = [fit.alpha for fit in fits], _window_label(name, window)
+        alphas = [window_alpha(record.values, *window) for record in records]
+        label = _window_label(name, window)
         line = {"color": colour, "marker": axes.marker(shape, len(records)), "label": label}
         if has_jackknife(run, site):
             ax.plot(tokens, alphas, **line)
@@ -185,7 +186,7 @@ def layer_heat_map(ax, run: SavedRun) -> None:
         return axes.not_measured(ax)
     name, window = _windows(run, run.records(ACTIVATION, site)[-1].values.size)[0]
     label = rf"$\alpha$, {_window_label(name, window)}"
-    _draw_heat_map(ax, run, lambda values: fit_power_law(values, *window).alpha, label)
+    _draw_heat_map(ax, run, lambda values: window_alpha(values, *window), label)
 
 
 def rankme_heat_map(ax, run: SavedRun) -> None:

@@ -197,7 +197,9 @@ def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> di
 
     xp: numpy for float64 on the host, jax.numpy for float32 inside a compiled step. resample: on
     the host, also the spectra with parts of the measurement left out, from which error bars come
-    (`lens_jax.jackknife`). Names and shapes are those of `lens_jax.records`.
+    (`lens_jax.jackknife`). Names and shapes are those of `lens_jax.records`. What was measured of
+    numbers that are not finite is NaN. Raises ValueError where one backward pass saw other
+    gradients than those of the parameter; inside a step these are NaN too.
     """
     resample = resample and xp is np
     arrays = {}
@@ -209,7 +211,8 @@ def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> di
             raise ValueError(f"no spectrum is defined for the summary {name!r}")
         if kind == "grad":
             value = _checked(where, value, summaries.get(f"{FACTS}/{where}", {}), xp)
-        found = _SPECTRA[kind](value, xp, resample)
+        with np.errstate(all="ignore"):  # what is not finite comes out as NaN
+            found = _SPECTRA[kind](value, xp, resample)
         arrays |= {f"{quantity}/{where}": values for quantity, values in found.items()}
     return arrays
 

@@ -10,7 +10,14 @@ import pytest
 
 from lens_jax.lens import ProbeBatch, make_lens
 from lens_jax.probes import spectra
-from lens_jax.step import init_state, make_measure_step, make_train_step, measured_value_and_grad
+from lens_jax.records import read_records, write_step
+from lens_jax.step import (
+    init_state,
+    make_measure_step,
+    make_train_step,
+    measure_lens,
+    measured_value_and_grad,
+)
 
 ROWS, TOKENS, WIDTH, LAYERS = 8, 6, 5, 3
 
@@ -232,3 +239,50 @@ def test_pieces_of_one_row_are_left_out_together():
         rest = np.delete(rows, range(3 * row, 3 * row + 3), axis=0)
         expected = np.linalg.svd(rest, compute_uv=False)
         np.testing.assert_allclose(left_out[row][:10], expected[:10], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["windows", "chunk", "pieces", "sweeps", "groups"])
+@pytest.mark.parametrize("count", [0, -1])
+def test_counts_below_one_are_refused(name, count):
+    with pytest.raises(ValueError, match=f"{name}={count}: give at least 1"):
+        make_lens(**{"windows": ROWS, "gradients": ["w"], "route": "one_backward"} | {name: count})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("layer 0/out", "has ' ' in it"),
+        ("h_0/['w']", r"has '\[' in it"),
+        ("h:0/w", "has ':' in it"),
+        ("h_0//w", "has an empty part"),
+        ("", "has an empty part"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["activations", "gradients", "weights"])
+def test_names_that_no_record_may_have_are_refused_before_the_measurement(kind, name, said):
+    with pytest.raises(ValueError, match=said):
+        make_lens(windows=ROWS, **{kind: [name]})
+
+
+def test_a_module_named_by_a_tilde_is_recorded(tmp_path):
+    """As Haiku names parameters: mlp/~/linear_0."""
+    site = "mlp/~/linear_0/w"
+    found = measure_lens(
+        lambda params, batch: plain({"w": params["mlp/~/linear_0"]["w"]}, batch),
+        make_lens(windows=ROWS, gradients=[site], weights=[site]),
+        {"mlp/~/linear_0": weights()},
+        ProbeBatch(draw()),
+    )[0]
+    write_step(tmp_path, 0, spectra(found), {"tokens": 0})
+    (record,) = read_records(tmp_path, kind="weight_singular_values")
+    assert record.site == site
+
+
+@pytest.mark.parametrize("tap", [(1.0, 2.0), {"inner": jnp.ones((ROWS, 2))}, [jnp.ones(3)]])
+def test_a_tap_that_is_no_array_is_refused(tap):
+    def nested(params, batch):
+        return plain(params, batch)[0], {"out": tap}
+
+    look = make_lens(windows=ROWS, activations=["out"])
+    with pytest.raises(ValueError, match=f"tap 'out' is a {type(tap).__name__}: give arrays"):
+        measure_lens(nested, look, weights(), ProbeBatch(draw()))
