@@ -35,12 +35,20 @@ from lens_jax.taps import get_parameters, select
 
 NORM_EPS = 2.0**-23
 LEADING = 10  # eigenvectors kept of a covariance
-FACTS = "grad_facts"
-"""Kind of the summary that goes with a Gram matrix `grad/<path>`.
+FACTS = "grad_facts"  # kind of the summary that goes with a Gram matrix `grad/<path>`
 
-rank: what its rows can have at most, min(N, P); pieces: samples of one row of data; surplus: of
-`gradients.Observed`; and, where training formed it, whole_sq: |.|^2 of the parameter's gradient.
-"""
+
+class Facts(NamedTuple):
+    """What is known of a Gram matrix of per-sample gradients, numbers.
+
+    rank: what its rows can have at most, min(N, P); pieces: samples of one row of data; surplus: of
+    `gradients.Observed`; whole_sq: |.|^2 of the parameter's own gradient, NaN where not known.
+    """
+
+    rank: Any
+    pieces: Any
+    surplus: Any
+    whole_sq: Any = np.nan
 
 
 class Evidence(NamedTuple):
@@ -158,8 +166,8 @@ def gradient_probe(paths: Sequence[str], sink: Sink, passes: int = 1) -> Probe:
         for path, (values, surplus) in kept.items():
             gram = values[0] if sink.form == "gram" else gram_with_mean(_flat(values))
             found[f"grad/{path}"] = gram
-            facts = {"rank": ranks[path], "pieces": jnp.int32(sink.pieces), "surplus": surplus}
-            found[f"{FACTS}/{path}"] = facts
+            facts = Facts(ranks[path], sink.pieces, surplus)
+            found[f"{FACTS}/{path}"] = jax.tree.map(jnp.float32, facts)
         return found
 
     return Probe("gradient", "sinks", tuple(paths), init, update, summarize)
@@ -210,28 +218,28 @@ def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> di
         if kind not in _SPECTRA:
             raise ValueError(f"no spectrum is defined for the summary {name!r}")
         if kind == "grad":
-            value = _checked(where, value, summaries.get(f"{FACTS}/{where}", {}), xp)
+            value = _checked(where, value, summaries.get(f"{FACTS}/{where}"), xp)
         with np.errstate(all="ignore"):  # what is not finite comes out as NaN
             found = _SPECTRA[kind](value, xp, resample)
         arrays |= {f"{quantity}/{where}": values for quantity, values in found.items()}
     return arrays
 
 
-def _checked(path: str, gram, facts: Mapping, xp):
+def _checked(path: str, gram, facts, xp):
     """The Gram matrix of a kernel with what is known of it: (gram, rank, pieces).
 
     Where it is that of other gradients than the kernel's it is NaN inside a step, and on the host
     ValueError says why.
     """
     gram = xp.asarray(gram)
-    facts = {name: xp.asarray(fact) for name, fact in facts.items()}
-    repeated = facts.get("surplus", 0) != 0
-    mean, row = xp.sqrt(gram[-1, -1]), xp.sqrt(xp.max(xp.diagonal(gram)[:-1]) + gram[-1, -1])
-    whole = xp.sqrt(facts.get("whole_sq", gram[-1, -1]))
+    facts = Facts(len(gram) - 1, 1, 0) if facts is None else facts
+    rank, pieces, surplus, whole_sq = (xp.asarray(fact) for fact in facts)
+    repeated = surplus != 0
     # Far beyond the rounding of low precision, of which a mean of many rows has most; not so NaN.
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
+        mean, whole = xp.sqrt(gram[-1, -1]), xp.sqrt(whole_sq)
+        row = xp.sqrt(xp.max(xp.diagonal(gram)[:-1]) + gram[-1, -1])
         differs = xp.abs(mean - whole) > 0.1 * xp.maximum(mean, whole) + 0.01 * row
-    rank, pieces = facts.get("rank"), facts.get("pieces", 1)
     if xp is jnp:
         return jnp.where(repeated | differs, jnp.nan, gram), rank, pieces
     if repeated:
@@ -281,7 +289,7 @@ def _gradient_spectra(known, xp, resample):
         "grad_mean_sq": plain.mean(),
     }
     # of whole rows, whose pieces are alike
-    groups = even_groups(len(plain) // pieces) if resample else 1
+    groups = even_groups(len(plain) // int(pieces)) if resample else 1
     if groups > 1 and len(plain) - len(plain) // groups > 1:
         names = ("singular_values", "singular_values_centred", "mean_sq")
         for name, values in zip(names, gram_left_out(plain, centred, groups, rank), strict=True):

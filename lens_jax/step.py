@@ -259,7 +259,8 @@ def _accumulate(loss_fn, params, batches, lens: Lens):
     summaries = _summarize(probes, states)
     if backward:
         for path, grad in get_parameters(grads, sweep.paths).items():
-            summaries[f"{FACTS}/{path}"]["whole_sq"] = jnp.sum(grad * grad)
+            facts = summaries[f"{FACTS}/{path}"]
+            summaries[f"{FACTS}/{path}"] = facts._replace(whole_sq=jnp.sum(grad * grad))
     return loss, grads, summaries
 
 

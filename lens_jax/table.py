@@ -110,8 +110,7 @@ def _activation(arrays: Arrays, meta: dict, tier: str | None) -> dict[str, Stati
     found = {} if last is None else {"act_last_rankme_lambda": Statistic(rankme(last))}
     if spectrum is None:
         return found
-    windows = display_windows(tier, spectrum.size) if spectrum.size >= 3 else {}
-    for name, window in windows.items():
+    for name, window in display_windows(tier, spectrum.size).items():
         found |= _power_law(_alpha_name(name), spectrum, left_out, window)
     for name, statistic in _ACTIVATION_STATISTICS.items():
         found[name] = _statistic(statistic, spectrum, left_out=left_out)
