@@ -59,6 +59,21 @@ def not_measured(ax, reason: str = "not measured") -> None:
     ax.text(0.5, 0.5, reason, ha="center", va="center", color=FAINT, transform=ax.transAxes)
 
 
+def can_show(record) -> bool:
+    """Tells whether a spectrum has anything that a curve could show."""
+    return bool(np.all(np.isfinite(record.values)) and record.values.max(initial=0.0) > 0)
+
+
+def reason(records: list) -> str:
+    """Returns why nothing is drawn of the records of a spectrum."""
+    if not records:
+        return "not measured"
+    if any(map(can_show, records)):
+        return f"not measured: no exponent at width {records[-1].values.size}"
+    zero = all(np.all(record.values == 0) for record in records)
+    return "all zero" if zero else "not measured: not finite"
+
+
 def token_axis(ax, tokens) -> None:
     """Makes x the training tokens of the run: logarithmic with 0 kept, or linear if short.
 

@@ -31,8 +31,24 @@ widths.
 """
 
 
+COVARIANCE_FLOOR = 2.0**-23
+"""Eigenvalues of a float32 covariance are rounding below this share of the largest.
+
+Rank-deficient sets of vectors leave 1e-8 to 6e-8 of it where there should be nothing.
+"""
+
+GRAM_FLOOR = 2.0**-11.5
+"""Singular values by way of a float32 Gram matrix are rounding below this share of the largest.
+
+It is the root of COVARIANCE_FLOOR, as a singular value is of an eigenvalue.
+"""
+
+
 class PowerLaw(NamedTuple):
-    """Least-squares line through (ln rank, ln value); `alpha` is minus its slope."""
+    """Least-squares line through (ln rank, ln value); `alpha` is minus its slope.
+
+    first, last: the ranks it was fitted on, which may end before those that were asked for.
+    """
 
     alpha: float
     r2: float
@@ -58,23 +74,36 @@ def ranked_shares(values) -> np.ndarray | None:
     return scaled / scaled.sum()
 
 
-def fit_power_law(values, first: int, last: int) -> PowerLaw:
+def fit_power_law(values, first: int, last: int, floor: float = COVARIANCE_FLOOR) -> PowerLaw:
     """Fits value = c * rank^-alpha by unweighted least squares of ln(value) on ln(rank).
 
-    Ranks are 1-based and both ends of the window belong to it; `last` beyond the spectrum is cut to
-    its length, and the result carries the window that was used. Values that are not positive are
-    left out and the others keep their rank. `se` is the standard error of the slope under
-    independent residuals (neighbouring ranks are not independent, so it is a lower bound; see
-    `jackknife.alpha_error`). With fewer than three usable points, or a non-finite value anywhere,
-    alpha, r2 and se are NaN; r2 is NaN too where all values are equal.
+    Ranks are 1-based and both ends of the window belong to it. A spectrum ends where its values
+    are no longer positive or fall below `floor` times the largest, where they are rounding: give
+    GRAM_FLOOR for per-sample gradients, 0 for values that are exact. A `last` beyond that end is
+    cut to it, and the result carries the window that was used. `se` is the standard error of the
+    slope under independent residuals (neighbouring ranks are not independent, so it is a lower
+    bound; see `jackknife.alpha_error`). With fewer than three usable points, or a non-finite value
+    anywhere, alpha, r2 and se are NaN; r2 is NaN too where all values are equal.
 
-    Raises ValueError for a window that is not a window or that begins beyond the spectrum.
+    Raises ValueError for a window that is not a window or that begins beyond the values.
     Source: protocol spec 1.5.
     """
-    return _fit(_ranked(values), first, last, np.ones_like)
+    return _fit(_ranked(values), first, last, np.ones_like, floor)
 
 
-def fit_alpha_req(values, first: int = 6, last: int = 100) -> PowerLaw:
+def window_alpha(values, first: int, last: int, floor: float = COVARIANCE_FLOOR) -> float:
+    """Returns alpha of `fit_power_law` on all of a window; NaN where the spectrum ends inside it.
+
+    For rows of a table and points of a curve, which are held against each other. A window may still
+    reach beyond the number of values.
+    """
+    fit = fit_power_law(values, first, last, floor)
+    return fit.alpha if fit.last == min(last, np.size(values)) else float("nan")
+
+
+def fit_alpha_req(
+    values, first: int = 6, last: int = 100, floor: float = COVARIANCE_FLOOR
+) -> PowerLaw:
     """Fits alpha-ReQ: least squares of ln(value) on ln(rank) with weights 1/rank.
 
     The weights give every factor of two in rank about the same say; without them the high ranks,
@@ -83,18 +112,23 @@ def fit_alpha_req(values, first: int = 6, last: int = 100) -> PowerLaw:
     independent residuals of equal variance. Window, edges and errors as in `fit_power_law`.
     Source: Agrawal et al., alpha-ReQ, NeurIPS 2022, on centred features; protocol spec 1.10.
     """
-    return _fit(_ranked(values), first, last, np.reciprocal)
+    return _fit(_ranked(values), first, last, np.reciprocal, floor)
 
 
 def widest_power_law(
-    values, *, min_r2: float = 0.99, min_ranks: int = 10, first: int = 1
+    values,
+    *,
+    min_r2: float = 0.99,
+    min_ranks: int = 10,
+    first: int = 1,
+    floor: float = COVARIANCE_FLOOR,
 ) -> PowerLaw:
     """Fits the widest range of ranks on which a spectrum passes for a power law.
 
-    Of all ranges from rank `first` on that hold at least `min_ranks` values, all positive, and
-    whose `fit_power_law` has r2 >= min_r2, the one with the greatest ln(last / first); of two
-    equally wide the one with more ranks. alpha, r2 and se are NaN, and the window is the whole
-    spectrum from `first`, where no range passes or a value is not finite.
+    Of all ranges from rank `first` on that hold at least `min_ranks` values, none below `floor`
+    times the largest, and whose `fit_power_law` has r2 >= min_r2, the one with the greatest
+    ln(last / first); of two equally wide the one with more ranks. alpha, r2 and se are NaN, and the
+    window is the whole spectrum from `first`, where no range passes or a value is not finite.
 
     Width is counted in ln(rank) because a power law claims the same slope over factors of rank.
     Counted in ranks the tail would always win: most ranks lie within one factor of two there, over
@@ -117,7 +151,7 @@ def widest_power_law(
     if not np.all(np.isfinite(spectrum)):
         return none
 
-    y = np.log(spectrum[spectrum > 0])  # a prefix of the ranks
+    y = np.log(spectrum[: _end(spectrum, floor)])
     x = np.log(np.arange(1, y.size + 1, dtype=np.float64))
     width, window = 0.0, None
     for start in range(first, y.size - min_ranks + 2):
@@ -127,7 +161,7 @@ def widest_power_law(
         end = start + count - 1
         if count and end / start >= width:
             width, window = end / start, (start, end)
-    return none if window is None else _fit(spectrum, *window, np.ones_like)
+    return none if window is None else _fit(spectrum, *window, np.ones_like, floor)
 
 
 def _check_window(spectrum: np.ndarray, first: int, last: int) -> None:
@@ -140,21 +174,26 @@ def _check_window(spectrum: np.ndarray, first: int, last: int) -> None:
         raise ValueError(f"ranks {first}-{last}: give 1 <= first <= last")
 
 
-def _fit(spectrum: np.ndarray, first: int, last: int, weigh: Callable) -> PowerLaw:
+def _end(spectrum: np.ndarray, floor: float) -> int:
+    """Returns the last rank of a descending spectrum that is positive and not below the floor."""
+    return int(np.count_nonzero((spectrum > 0) & (spectrum >= floor * spectrum[0])))
+
+
+def _fit(spectrum: np.ndarray, first: int, last: int, weigh: Callable, floor: float) -> PowerLaw:
     """Returns the fit of a descending spectrum; weigh: ranks -> weights."""
     _check_window(spectrum, first, last)
     last = min(last, spectrum.size)
-    window = spectrum[first - 1 : last]
-    usable = window > 0
-    if not np.all(np.isfinite(spectrum)) or np.count_nonzero(usable) < 3:
+    finite = np.all(np.isfinite(spectrum))
+    end = min(last, _end(spectrum, floor)) if finite else 0
+    if end - first + 1 < 3:
         return PowerLaw(np.nan, np.nan, np.nan, first, last)
 
-    ranks = np.arange(first, last + 1, dtype=np.float64)[usable]
-    y = np.log(window[usable])
+    ranks = np.arange(first, end + 1, dtype=np.float64)
+    y = np.log(spectrum[first - 1 : end])
     if y[0] == y[-1]:  # descending, so all are equal; their mean would differ by rounding
-        return PowerLaw(0.0, np.nan, 0.0, first, last)
+        return PowerLaw(0.0, np.nan, 0.0, first, end)
     slope, r2, se = _least_squares(np.log(ranks), y, weigh(ranks))
-    return PowerLaw(-slope, r2, se, first, last)
+    return PowerLaw(-slope, r2, se, first, end)
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
@@ -207,10 +246,6 @@ def scale_ranks(first: int, last: int, width: int) -> tuple[int, int]:
     low = min(max(round(first * width / REFERENCE_WIDTH), 1), width - 2)
     high = min(max(round(last * width / REFERENCE_WIDTH), low + 2), width)
     return low, high
-
-
-GRAM_FLOOR = 2.0**-11.5
-"""Singular values by way of a float32 Gram matrix are rounding below this share of the largest."""
 
 
 def rankme(values, floor: float = 0.0) -> float:

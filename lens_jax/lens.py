@@ -13,6 +13,7 @@ import jax
 
 from lens_jax.gradients import Sink
 from lens_jax.probes import Probe, activation_probe, gradient_probe, weight_probe
+from lens_jax.records import check_site
 from lens_jax.resampling import MOST_GROUPS, even_groups
 from lens_jax.taps import num_rows
 
@@ -106,7 +107,7 @@ def make_lens(
     that are left out for error bars. groups: at most so many of those, each with a covariance of
     its own (8 D^2 bytes a tap); 1: no error bars of activations. normalise: divide every activation
     vector by its root mean square first (protocol spec 1.2).
-    Raises ValueError for numbers that do not fit together.
+    Raises ValueError for numbers that do not fit together and for names that no record may have.
     """
     for name, places in (
         ("activations", activations),
@@ -115,6 +116,12 @@ def make_lens(
     ):
         if isinstance(places, str):
             raise ValueError(f"{name}={places!r} is one name: give a list of names")
+        for place in places:
+            check_site(place)
+    counts = {"windows": windows, "chunk": chunk, "pieces": pieces, "sweeps": sweeps}
+    for name, count in (counts | {"groups": groups}).items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count}: give at least 1")
     if route not in get_args(Route):
         raise ValueError(f"route={route!r}: give one of {', '.join(get_args(Route))}")
     samples = windows if samples is None else samples
@@ -138,7 +145,7 @@ def make_lens(
         probes.append(activation_probe(activations, windows, groups, **settings))
     if weights:
         probes.append(weight_probe(tuple(weights)))
-    sink = Sink(rows * pieces, "rows" if passes > 1 else "gram")
+    sink = Sink(rows * pieces, "rows" if passes > 1 else "gram", pieces)
     parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
     return Lens(
         tuple(probes),

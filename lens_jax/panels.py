@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from lens_jax import axis_style as axes
 from lens_jax.axis_style import BLUE, FAINT, GRID, INK, LINES, SHADE, SKY, VERMILLION
-from lens_jax.fits import PowerLaw, fit_power_law, rankme, rankme_sigma, topk_share
+from lens_jax.fits import PowerLaw, fit_power_law, rankme, rankme_sigma, topk_share, window_alpha
 from lens_jax.jackknife import alpha_error, jackknife
 from lens_jax.saved_run import SavedRun, display_windows, layer_name, short_count, site_name
 
@@ -51,8 +51,8 @@ def activation_spectra(ax, run: SavedRun) -> None:
     site = run.final_site(ACTIVATION)
     records = run.records(ACTIVATION, site)
     ax.set_title(f"(b) Activation spectrum, {_layer(site)}")
-    if not records:
-        return axes.not_measured(ax)
+    if not any(map(axes.can_show, records)):
+        return axes.not_measured(ax, axes.reason(records))
     tokens = [record.tokens for record in records]
     norm = axes.token_norm(tokens)
     colours = ScalarMappable(norm, "viridis_r")
@@ -78,12 +78,14 @@ def tail_exponents(ax, run: SavedRun) -> None:
     site = run.final_site(ACTIVATION)
     records = run.records(ACTIVATION, site)
     ax.set_title(rf"(c) Exponent $\alpha$ of activations, {_layer(site)}")
-    if not records:
-        return axes.not_measured(ax)
+    windows = _tail_windows(run, records[-1].values.size) if records else []
+    if not windows or not any(map(axes.can_show, records)):
+        return axes.not_measured(ax, axes.reason(records))
     tokens = [record.tokens for record in records]
-    for name, window, colour, shape in _tail_windows(run, records[-1].values.size):
+    for name, window, colour, shape in windows:
         fits = [fit_power_law(record.values, *window) for record in records]
-        alphas, label = [fit.alpha for fit in fits], _window_label(name, window)
+        alphas = [window_alpha(record.values, *window) for record in records]
+        label = _window_label(name, window)
         line = {"color": colour, "marker": axes.marker(shape, len(records)), "label": label}
         if has_jackknife(run, site):
             ax.plot(tokens, alphas, **line)
@@ -106,7 +108,9 @@ def rankme_trajectories(ax, run: SavedRun) -> None:
         (r"RankMe$_\lambda$ (eigenvalues)", ACTIVATION, rankme),
         (r"RankMe$_\lambda$, last token of each window", LAST_TOKEN, rankme),
     )
-    width = 0
+    measured = [*run.records(ACTIVATION, site), *run.records(LAST_TOKEN, site)]
+    if not any(map(axes.can_show, measured)):
+        return axes.not_measured(ax, axes.reason(measured))
     for (label, kind, statistic), (colour, marker) in zip(variants, LINES, strict=False):
         records = run.records(kind, site)
         if records:
@@ -118,8 +122,6 @@ def rankme_trajectories(ax, run: SavedRun) -> None:
         if records and kind == ACTIVATION and has_jackknife(run, site):
             errors = _errors(run, site, lambda left_out, s=statistic: jackknife(s, left_out))
             axes.band(ax, tokens, values, errors, colour)
-    if not width:
-        return axes.not_measured(ax)
     bars = "band: jackknife s.e." if has_jackknife(run, site) else "no error bars"
     ax.set_ylabel(f"directions, of {width}  ({bars})")
     axes.token_axis(ax, run.measured_tokens())
@@ -144,7 +146,7 @@ def gradient_spectra(ax, run: SavedRun) -> None:
         ax.plot(*axes.visible(record.values, largest), color=colour, lw=1.1, ls="--")
     ax.set_title(f"(e) Gradient spectrum, {_layer(*sites.values())}")
     if not drawn:
-        return axes.not_measured(ax, "all zero" if sites else "not measured")
+        return axes.not_measured(ax, axes.reason(_last_records(run, GRADIENT, sites)))
     axes.rank_axes(ax, r"$\sigma$ / largest uncentred $\sigma$")
     handles = [*_matrix_handles(run, drawn), *_centring_handles(run)]
     ax.legend(
@@ -170,7 +172,7 @@ def gradient_concentration(ax, run: SavedRun) -> None:
                 tokens = [record.tokens for record in records]
                 ax.plot(tokens, shares, color=colour, ls=line, marker=marker)
     if not drawn:
-        return axes.not_measured(ax, "all zero" if sites else "not measured")
+        return axes.not_measured(ax, axes.reason(_last_records(run, GRADIENT, sites)))
     ax.set_ylabel(f"top-{k} share of {count} singular values")
     axes.token_axis(ax, run.measured_tokens())
     handles = [*_matrix_handles(run, dict.fromkeys(drawn), markers=True), *_centring_handles(run)]
@@ -183,9 +185,13 @@ def layer_heat_map(ax, run: SavedRun) -> None:
     site = run.final_site(ACTIVATION)
     if site is None:
         return axes.not_measured(ax)
-    name, window = _windows(run, run.records(ACTIVATION, site)[-1].values.size)[0]
+    records = run.records(ACTIVATION, site)
+    windows = _windows(run, records[-1].values.size)
+    if not windows:
+        return axes.not_measured(ax, axes.reason(records))
+    name, window = windows[0]
     label = rf"$\alpha$, {_window_label(name, window)}"
-    _draw_heat_map(ax, run, lambda values: fit_power_law(values, *window).alpha, label)
+    _draw_heat_map(ax, run, lambda values: window_alpha(values, *window), label)
 
 
 def rankme_heat_map(ax, run: SavedRun) -> None:
@@ -214,7 +220,7 @@ def weight_spectra(ax, run: SavedRun) -> None:
             ax.plot(*axes.visible(last, 1.0), color=colour)
     ax.set_title(f"(h) Weight spectrum, {_layer(*sites.values())}")
     if not drawn:
-        return axes.not_measured(ax, "all zero" if sites else "not measured")
+        return axes.not_measured(ax, axes.reason(_last_records(run, WEIGHT, sites)))
     axes.rank_axes(ax, r"singular value $\sigma$")
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, high / WEIGHT_RANGE), high)
@@ -238,6 +244,10 @@ PANELS = (
 def has_jackknife(run: SavedRun, site: str | None) -> bool:
     """Tells whether a site's activations were measured in groups, so that errors are known."""
     return bool(run.left_out(ACTIVATION, site))
+
+
+def _last_records(run: SavedRun, kind: str, sites: dict[str, str]) -> list:
+    return [run.records(kind, site)[-1] for site in sites.values()]
 
 
 def _finite(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -276,7 +286,10 @@ def _draw_fits(ax, run: SavedRun, site: str) -> None:
         rank, line = _fit_line(record.values, fit_power_law(record.values, *window))
         ax.plot(rank, RAISED * line, color=colour, lw=2, path_effects=halo, label=label)
         label = None
-    fit = fit_power_law(record.values, *_windows(run, record.values.size)[0][1])
+    windows = _windows(run, record.values.size)
+    if not windows:
+        return
+    fit = fit_power_law(record.values, *windows[0][1])
     ax.axvspan(fit.first, fit.last, color=SHADE, zorder=0, lw=0)
     if not np.isfinite(fit.alpha):
         return

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens_jax.gradients import Sink
+from lens_jax.gradients import Observed, Sink
 from lens_jax.resampling import Resampled, even_groups, gram_left_out
 from lens_jax.spectra import (
     covariance_eigenvalues,
@@ -35,14 +35,28 @@ from lens_jax.taps import get_parameters, select
 
 NORM_EPS = 2.0**-23
 LEADING = 10  # eigenvectors kept of a covariance
+FACTS = "grad_facts"  # kind of the summary that goes with a Gram matrix `grad/<path>`
+
+
+class Facts(NamedTuple):
+    """What is known of a Gram matrix of per-sample gradients, numbers.
+
+    rank: what its rows can have at most, min(N, P); pieces: samples of one row of data; surplus: of
+    `gradients.Observed`; whole_sq: |.|^2 of the parameter's own gradient, NaN where not known.
+    """
+
+    rank: Any
+    pieces: Any
+    surplus: Any
+    whole_sq: Any = np.nan
 
 
 class Evidence(NamedTuple):
-    """What one pass shows: parameters, taps (B, T, D) by name, sink cotangents by path."""
+    """What one pass shows: parameters, taps (B, T, D) by name, per-sample gradients by path."""
 
     params: Any
     taps: Mapping[str, jax.Array] | None = None
-    sinks: Mapping[str, jax.Array] | None = None
+    sinks: Mapping[str, Observed] | None = None
 
 
 class Probe(NamedTuple):
@@ -130,23 +144,37 @@ def gradient_probe(paths: Sequence[str], sink: Sink, passes: int = 1) -> Probe:
 
     def init(evidence):
         kernels = get_parameters(evidence.params, paths)
-        shapes = {path: (passes, *sink.shape(kernel)) for path, kernel in kernels.items()}
-        return jnp.zeros((), jnp.int32), {path: jnp.zeros(s) for path, s in shapes.items()}
+        empty = {
+            path: Observed(jnp.zeros((passes, *sink.shape(kernel))), jnp.zeros(()))
+            for path, kernel in kernels.items()
+        }
+        ranks = {path: min(passes * sink.samples, k.size) for path, k in kernels.items()}
+        return jnp.zeros((), jnp.int32), empty, jax.tree.map(jnp.int32, ranks)
 
     def update(state, evidence):
-        count, kept = state
-        return count + 1, {path: kept[path].at[count].set(evidence.sinks[path]) for path in paths}
+        count, kept, ranks = state
+        new = {}
+        for path in paths:
+            values, surplus = evidence.sinks[path]
+            values = kept[path].values.at[count].set(values)
+            new[path] = Observed(values, kept[path].surplus + jnp.abs(surplus))
+        return count + 1, new, ranks
 
     def summarize(state):
-        _, kept = state
-        if sink.form == "gram":
-            return {f"grad/{path}": value[0] for path, value in kept.items()}
-        return {
-            f"grad/{path}": gram_with_mean(value.reshape(-1, value.shape[-1]))
-            for path, value in kept.items()
-        }
+        _, kept, ranks = state
+        found = {}
+        for path, (values, surplus) in kept.items():
+            gram = values[0] if sink.form == "gram" else gram_with_mean(_flat(values))
+            found[f"grad/{path}"] = gram
+            facts = Facts(ranks[path], sink.pieces, surplus)
+            found[f"{FACTS}/{path}"] = jax.tree.map(jnp.float32, facts)
+        return found
 
     return Probe("gradient", "sinks", tuple(paths), init, update, summarize)
+
+
+def _flat(values: jax.Array) -> jax.Array:
+    return values.reshape(-1, values.shape[-1])
 
 
 def weight_probe(paths: Sequence[str]) -> Probe:
@@ -177,17 +205,56 @@ def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> di
 
     xp: numpy for float64 on the host, jax.numpy for float32 inside a compiled step. resample: on
     the host, also the spectra with parts of the measurement left out, from which error bars come
-    (`lens_jax.jackknife`). Names and shapes are those of `lens_jax.records`.
+    (`lens_jax.jackknife`). Names and shapes are those of `lens_jax.records`. What was measured of
+    numbers that are not finite is NaN. Raises ValueError where one backward pass saw other
+    gradients than those of the parameter; inside a step these are NaN too.
     """
     resample = resample and xp is np
     arrays = {}
     for name, value in summaries.items():
         kind, _, where = name.partition("/")
+        if kind == FACTS:
+            continue
         if kind not in _SPECTRA:
             raise ValueError(f"no spectrum is defined for the summary {name!r}")
-        found = _SPECTRA[kind](value, xp, resample)
+        if kind == "grad":
+            value = _checked(where, value, summaries.get(f"{FACTS}/{where}"), xp)
+        with np.errstate(all="ignore"):  # what is not finite comes out as NaN
+            found = _SPECTRA[kind](value, xp, resample)
         arrays |= {f"{quantity}/{where}": values for quantity, values in found.items()}
     return arrays
+
+
+def _checked(path: str, gram, facts, xp):
+    """The Gram matrix of a kernel with what is known of it: (gram, rank, pieces).
+
+    Where it is that of other gradients than the kernel's it is NaN inside a step, and on the host
+    ValueError says why.
+    """
+    gram = xp.asarray(gram)
+    facts = Facts(len(gram) - 1, 1, 0) if facts is None else facts
+    rank, pieces, surplus, whole_sq = (xp.asarray(fact) for fact in facts)
+    repeated = surplus != 0
+    # Far beyond the rounding of low precision, of which a mean of many rows has most; not so NaN.
+    with np.errstate(all="ignore"):
+        mean, whole = xp.sqrt(gram[-1, -1]), xp.sqrt(whole_sq)
+        row = xp.sqrt(xp.max(xp.diagonal(gram)[:-1]) + gram[-1, -1])
+        differs = xp.abs(mean - whole) > 0.1 * xp.maximum(mean, whole) + 0.01 * row
+    if xp is jnp:
+        return jnp.where(repeated | differs, jnp.nan, gram), rank, pieces
+    if repeated:
+        raise ValueError(
+            f"linear(x, kernel, {path!r}) did not run once: a kernel that the steps of a scan "
+            f"share, or one in a branch or under vmap, has no Gram matrix of its own there; take "
+            f"route='vmap_grad'"
+        )
+    if differs:
+        raise ValueError(
+            f"the samples' gradients of {path!r} have a mean of norm {mean:.3g}, its own gradient "
+            f"has {whole:.3g}: pass the parameter itself to linear(x, kernel, path), unscaled and "
+            f"nowhere else, or take route='vmap_grad'"
+        )
+    return gram, rank, pieces
 
 
 def _activation_spectra(state, xp, resample):
@@ -200,8 +267,9 @@ def _activation_spectra(state, xp, resample):
     }
     if resample and len(groups.count) > 1:
         parts = Resampled(groups)
-        found["act_cov_eigenvalues_left_out"] = parts.left_out().astype(np.float32)
-        found["act_cov_eigenvalues_halves"] = parts.halves().astype(np.float32)
+        for name, values in (("left_out", parts.left_out()), ("halves", parts.halves())):
+            if values is not None:
+                found[f"act_cov_eigenvalues_{name}"] = values.astype(np.float32)
     return found
 
 
@@ -212,17 +280,19 @@ def _last_spectra(state, xp, resample):
     }
 
 
-def _gradient_spectra(gram, xp, resample):
+def _gradient_spectra(known, xp, resample):
+    gram, rank, pieces = known
     plain, centred = split_gram(gram, xp)
     found = {
-        "grad_singular_values": gram_singular_values(plain, xp),
-        "grad_singular_values_centred": gram_singular_values(centred, xp),
+        "grad_singular_values": gram_singular_values(plain, xp, rank),
+        "grad_singular_values_centred": gram_singular_values(centred, xp, rank, centred=True),
         "grad_mean_sq": plain.mean(),
     }
-    groups = even_groups(len(plain))
-    if resample and groups > 1:
+    # of whole rows, whose pieces are alike
+    groups = even_groups(len(plain) // int(pieces)) if resample else 1
+    if groups > 1 and len(plain) - len(plain) // groups > 1:
         names = ("singular_values", "singular_values_centred", "mean_sq")
-        for name, values in zip(names, gram_left_out(plain, centred, groups), strict=True):
+        for name, values in zip(names, gram_left_out(plain, centred, groups, rank), strict=True):
             found[f"grad_{name}_left_out"] = values.astype(np.float32)
     return found
 

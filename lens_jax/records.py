@@ -14,13 +14,16 @@ stored instead of them. Of an activation tap of width D, W windows in G groups:
 Of the per-sample gradients of a parameter, N samples in G groups, rows of a matrix:
 
     grad_singular_values, grad_singular_values_centred                    (N,), of the rows as they
-                                                                          are and minus their mean
+                                                                          are and minus their mean,
+                                                                          0 beyond their rank
     grad_singular_values_left_out, grad_singular_values_centred_left_out  (G, N - N/G), float32
     grad_mean_sq, grad_mean_sq_left_out                                   () and (G,), squared norm
                                                                           of the mean gradient
 
 Of a weight matrix: weight_singular_values. Measurements that cannot be cut into equal groups have
-no `_left_out` and no `_halves`.
+no `_left_out` and no `_halves`, as those of which fewer than 2 vectors would be left. Eigenvalues
+of n vectors are exactly 0 beyond the first n - 1, singular values of N gradients of P entries
+beyond min(N, P), or min(N - 1, P) where they are centred; what is not finite is NaN.
 
 Entries are not compressed: float64 eigenvalues have random low bits, and on a step of 84 spectra
 (0.42 MB) deflate saved 5% and took four times as long. The zip container checks a CRC of every
@@ -42,7 +45,8 @@ from pathlib import Path
 import numpy as np
 
 _FILE_NAME = re.compile(r"step_\d{8,}\.npz")
-_ARRAY_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.\-]+)+")
+_ARRAY_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.~\-]+)+")
+_NOT_IN_A_SITE = re.compile(r"[^A-Za-z0-9_.~/\-]")
 # What zipfile, zlib and numpy raise on damaged bytes; RuntimeError is "entry is encrypted".
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -74,6 +78,17 @@ class SpectrumRecord:
 def step_path(folder: str | Path, step: int) -> Path:
     """Where the record of a step lies."""
     return Path(folder) / f"step_{step:08d}.npz"
+
+
+def check_site(site: str) -> None:
+    """Raises ValueError, naming the character, for a site that no record could be of."""
+    if bad := _NOT_IN_A_SITE.search(site):
+        raise ValueError(
+            f"the name {site!r} has {bad[0]!r} in it, and records have letters, digits and _ - . ~ "
+            f"between slashes: rename the tap or the parameter"
+        )
+    if not all(site.split("/")):
+        raise ValueError(f"the name {site!r} has an empty part: give names between single slashes")
 
 
 def write_step(
@@ -116,6 +131,7 @@ def write_step(
 
 def _real(name: str, value) -> np.ndarray:
     if not _ARRAY_NAME.fullmatch(name):
+        check_site(name)
         raise ValueError(f"array name {name!r}: give '<kind>/<site>'")
     array = np.asarray(value)
     if not np.can_cast(array.dtype, np.float64):

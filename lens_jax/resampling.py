@@ -39,14 +39,18 @@ class Resampled:
         # about the common mean, so that parts add up
         self._scatter = groups.scatter + groups.count[:, None, None] * outer
 
-    def left_out(self) -> np.ndarray:
-        """Eigenvalues with each group left out, (G, D)."""
-        return np.stack([self._without([group]) for group in range(len(self._count))])
+    def left_out(self) -> np.ndarray | None:
+        """Eigenvalues with each group left out, (G, D); None where that leaves under 2 vectors."""
+        return self._all_without([[group] for group in range(len(self._count))])
 
-    def halves(self) -> np.ndarray:
-        """Eigenvalues of the even groups alone and of the odd ones, (2, D)."""
+    def halves(self) -> np.ndarray | None:
+        """Eigenvalues of the even groups alone and of the odd ones, (2, D); None as above."""
         groups = range(len(self._count))
-        return np.stack([self._without(groups[1::2]), self._without(groups[0::2])])
+        return self._all_without([groups[1::2], groups[0::2]])
+
+    def _all_without(self, parts: Sequence[Sequence[int]]) -> np.ndarray | None:
+        left = [self._whole.count - self._count[list(out)].sum() for out in parts]
+        return np.stack([self._without(out) for out in parts]) if min(left) >= 2 else None
 
     def _without(self, out: Sequence[int]) -> np.ndarray:
         out = list(out)
@@ -57,19 +61,20 @@ class Resampled:
 
 
 def gram_left_out(
-    gram: np.ndarray, centred: np.ndarray, groups: int
+    gram: np.ndarray, centred: np.ndarray, groups: int, rank: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Singular values, centred singular values and the mean's square with each group left out.
 
-    gram, centred: (N, N) of the rows and of the centred rows. Returns (G, N - N/G) twice and (G,).
+    gram, centred: (N, N) of the rows and of the centred rows; rank: as `gram_singular_values` takes
+    it. Returns (G, N - N/G) twice and (G,).
     """
     plain, about_mean, mean_sq = [], [], []
     for out in np.split(np.arange(len(gram)), groups):
         keep = np.delete(np.arange(len(gram)), out)
         rest = gram[np.ix_(keep, keep)]
-        plain.append(gram_singular_values(rest, np))
+        plain.append(gram_singular_values(rest, np, rank))
         mean_sq.append(rest.mean())
         rest = centred[np.ix_(keep, keep)]
         rest = rest - rest.mean(0)[None] - rest.mean(1)[:, None] + rest.mean()
-        about_mean.append(gram_singular_values(rest, np))
+        about_mean.append(gram_singular_values(rest, np, rank, centred=True))
     return np.stack(plain), np.stack(about_mean), np.stack(mean_sq)

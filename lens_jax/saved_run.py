@@ -118,8 +118,11 @@ def display_windows(tier: str | None, width: int) -> dict[str, tuple[int, int]]:
     """Returns {published window: rank window} of a summary page, the main window first.
 
     Tiers d36 and d48 have 200-400 for main window, all others 30-150. From width 768 up the
-    published ranks are used as they stand; below, they are scaled by `scale_ranks`.
+    published ranks are used as they stand; below, they are scaled by `scale_ranks`. There is none
+    below width 3, where no line can be fitted.
     """
+    if width < 3:
+        return {}
     deep = tier in _DEEP_TIERS
     names = ("200-400", "40-90", "90-200") if deep else ("default", "10-40", "40-90", "90-200")
     windows = {}
@@ -198,7 +201,8 @@ def conditions(run: SavedRun) -> list[str]:
         used = ", ".join(f"{first}-{last}" for first, last in windows.values())
         published = ", ".join(windows)
         scaled = "" if used == published else f" ({published} at width {REFERENCE_WIDTH})"
-        words.append(f"width {meta['width']}, rank windows {used}{scaled}")
+        ranks = f", rank windows {used}{scaled}" if windows else ""
+        words.append(f"width {meta['width']}{ranks}")
     words.append("alpha = minus the OLS slope of ln eigenvalue on ln rank")
     return words
 

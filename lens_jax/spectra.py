@@ -107,13 +107,39 @@ def pool(groups: Moments, xp) -> Moments:
 
 
 def covariance_eigenvalues(moments: Moments, xp) -> jax.Array:
-    """Eigenvalues of scatter / (n - 1), descending, (D,)."""
-    return xp.linalg.eigvalsh(moments.scatter / (moments.count - 1))[::-1]
+    """Eigenvalues of scatter / (n - 1), descending, (D,).
+
+    n vectors minus their mean have rank n - 1 at most: what follows is exactly 0. All are NaN for
+    fewer than 2 vectors, or where one of them is not finite.
+    """
+    rank = moments.count - 1
+    # a division by 0, or by less, has no covariance to give
+    values = _eigenvalues(moments.scatter / xp.where(rank > 0, rank, xp.nan), xp)
+    return _up_to(values, rank, xp)
 
 
 def covariance_eigenvectors(moments: Moments, count: int, xp) -> jax.Array:
-    """The leading eigenvectors of the scatter as columns, (D, count); signs are arbitrary."""
-    return xp.linalg.eigh(moments.scatter)[1][:, ::-1][:, :count]
+    """The leading eigenvectors of the scatter as columns, (D, count); signs are arbitrary.
+
+    NaN where `covariance_eigenvalues` is.
+    """
+    scatter = xp.where(moments.count > 1, moments.scatter, xp.nan)
+    if xp is not jnp and not xp.isfinite(scatter).all():
+        return xp.full_like(scatter, xp.nan)[:, :count]
+    return xp.linalg.eigh(scatter)[1][:, ::-1][:, :count]
+
+
+def _eigenvalues(matrix, xp):
+    """Descending, (D,); NaN unless every entry is finite, where LAPACK on the host would raise."""
+    if xp is not jnp and not xp.isfinite(matrix).all():
+        return xp.full(len(matrix), xp.nan)
+    return xp.linalg.eigvalsh(matrix)[::-1]
+
+
+def _up_to(values, rank, xp):
+    """Descending values (D,) with those beyond a rank, which are rounding, set to 0; keeps NaN."""
+    beyond = xp.arange(len(values)) >= xp.maximum(rank, 0)
+    return xp.where(beyond & ~xp.isnan(values), 0, values)
 
 
 def mean_square(moments: Moments) -> jax.Array:
@@ -140,13 +166,17 @@ def split_gram(gram: jax.Array, xp) -> tuple[jax.Array, jax.Array]:
     return inner + cross[:, None] + cross[None, :] + gram[-1:, -1:], inner
 
 
-def gram_singular_values(gram: jax.Array, xp) -> jax.Array:
+def gram_singular_values(gram: jax.Array, xp, rank=None, *, centred: bool = False) -> jax.Array:
     """Singular values of N rows, descending, (N,), from their Gram matrix (N, N).
 
-    The Gram matrix squares the condition number: values below about 3e-4 of the largest lose
-    digits to its float32 products.
+    rank: what the rows can have at most, min(N, P) for P entries (None: N); centred: they have lost
+    their mean and so have rank N - 1. What follows is exactly 0; the length always tells N. The
+    Gram matrix squares the condition number: values below about 3e-4 of the largest are rounding of
+    its float32 products (`fits.GRAM_FLOOR`). All are NaN where an entry is not finite.
     """
-    return xp.sqrt(xp.maximum(xp.linalg.eigvalsh(gram)[::-1], 0))
+    rank = len(gram) if rank is None else rank
+    rank = xp.minimum(rank, len(gram) - 1) if centred else rank
+    return _up_to(xp.sqrt(xp.maximum(_eigenvalues(gram, xp), 0)), rank, xp)
 
 
 def matrix_singular_values(matrix: jax.Array, xp) -> jax.Array:

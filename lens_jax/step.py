@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lens_jax.gradients import check_uses, make_sinks, observed_linear, per_sample_gradients
+from lens_jax.gradients import Observed, Watch, per_sample_gradients
 from lens_jax.lens import Lens, ProbeBatch, Sweep
-from lens_jax.probes import Evidence, Probe, spectra
-from lens_jax.taps import call_loss, check_taps, check_trainable, num_rows
+from lens_jax.probes import FACTS, Evidence, Probe, spectra
+from lens_jax.taps import call_loss, check_taps, check_trainable, get_parameters, num_rows
 
 
 class TrainState(NamedTuple):
@@ -70,13 +70,10 @@ def make_train_step(
             seen = {} if loss_there is None else {"probe_loss": loss_there}
         if eigen == "graph":
             measured = spectra(measured, jnp)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(state.params),
-        }
+        narrow = _like(grads, state.params)
+        updates, opt_state = tx.update(narrow, state.opt_state, state.params)
+        norms = {"grad_norm": grads, "update_norm": updates, "param_norm": state.params}
+        metrics = {"loss": loss} | {n: optax.tree.norm(_wide(tree)) for n, tree in norms.items()}
         finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
@@ -102,7 +99,8 @@ def measured_value_and_grad(loss_fn: Callable, lens: Lens) -> Callable:
 
     def value_and_grad(params, batch):
         stacked = jax.tree.map(lambda leaf: leaf[None], batch)
-        return _accumulate(loss_fn, params, stacked, lens)
+        loss, grads, summaries = _accumulate(loss_fn, params, stacked, lens)
+        return loss, _like(grads, params), summaries
 
     return value_and_grad
 
@@ -185,11 +183,11 @@ def _observe(loss_fn, probes, sweep: Sweep | None, params, batch):
         loss, taps = call_loss(loss_fn, params, batch)
         _check_taps(probes, taps, batch)
         return loss, Evidence(params, taps, _mapped(loss_fn, sweep, params, batch))
-    sinks = make_sinks(params, sweep.paths, sweep.sink)
-    objective = partial(_objective, loss_fn, sweep, params, batch)
-    (loss, taps), cotangents = jax.value_and_grad(objective, has_aux=True)(sinks)
+    watch = Watch(params, sweep.paths, sweep.sink)
+    objective = partial(_objective, loss_fn, watch, params, batch)
+    (loss, taps), cotangents = jax.value_and_grad(objective, has_aux=True)(watch.sinks)
     _check_taps(probes, taps, batch)
-    return loss, Evidence(params, taps, cotangents)
+    return loss, Evidence(params, taps, watch.observed(cotangents))
 
 
 def _mapped(loss_fn, sweep: Sweep | None, params, batch):
@@ -197,7 +195,8 @@ def _mapped(loss_fn, sweep: Sweep | None, params, batch):
     if sweep is None or sweep.route == "one_backward":
         return {}
     grads = per_sample_gradients(loss_fn, params, batch, sweep.paths)
-    return {path: sweep.sink.of_rows(rows) for path, rows in grads.items()}
+    none = jnp.zeros((), jnp.float32)
+    return {path: Observed(sweep.sink.of_rows(rows), none) for path, rows in grads.items()}
 
 
 def _check_one_sweep(lens: Lens) -> None:
@@ -219,26 +218,31 @@ def _check_micro_batches(batches, probe_batch: ProbeBatch) -> None:
 
 
 def _accumulate(loss_fn, params, batches, lens: Lens):
-    """Mean loss and gradients over micro-batches, and what the lens saw in those very passes."""
+    """Mean loss and gradients over micro-batches, and what the lens saw in those very passes.
+
+    The gradients are float32 at least, whatever the parameters are: in bfloat16 a sum over
+    micro-batches would lose the small ones.
+    """
     check_trainable(params)
     lens.check_windows(num_rows(batches) * num_rows(batches, 1))
     sweep = lens.sweeps[0] if lens.sweeps else None
     probes = _with_gradients(lens.probes, sweep)
+    backward = sweep is not None and sweep.route == "one_backward"
 
     def one_pass(batch):
         if sweep is not None:
             sweep.check_rows(num_rows(batch))
-        watch = sweep is not None and sweep.route == "one_backward"
-        sinks = make_sinks(params, sweep.paths, sweep.sink) if watch else {}
+        watched = sweep.paths if backward else ()
+        watch = Watch(params, watched, sweep.sink if backward else None)
 
         def objective(params, sinks):
-            return _objective(loss_fn, sweep, params, batch, sinks)
+            return _objective(loss_fn, watch, params, batch, sinks)
 
         both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-        (loss, taps), (grads, cotangents) = both(params, sinks)
+        (loss, taps), (grads, cotangents) = both(params, watch.sinks)
         _check_taps(probes, taps, batch)
-        found = cotangents | _mapped(loss_fn, sweep, params, batch)
-        return loss, grads, Evidence(params, taps, found)
+        found = watch.observed(cotangents) | _mapped(loss_fn, sweep, params, batch)
+        return loss, _wide(grads), Evidence(params, taps, found)
 
     def visit(carry, batch):
         (total_loss, total_grads), states = carry
@@ -247,12 +251,32 @@ def _accumulate(loss_fn, params, batches, lens: Lens):
         return (totals, _update(probes, states, evidence)), None
 
     num_batches = num_rows(batches)
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, _wide(params))
     totals, states = _visit_all(
         visit, batches, lambda batch: one_pass(batch)[2], params, probes, start
     )
     loss, grads = jax.tree.map(lambda total: total / num_batches, totals)
-    return loss, grads, _summarize(probes, states)
+    summaries = _summarize(probes, states)
+    if backward:
+        for path, grad in get_parameters(grads, sweep.paths).items():
+            facts = summaries[f"{FACTS}/{path}"]
+            summaries[f"{FACTS}/{path}"] = facts._replace(whole_sq=jnp.sum(grad * grad))
+    return loss, grads, summaries
+
+
+def _wide(tree):
+    """The leaves in float32, or in what they are where that is wider."""
+
+    def widened(leaf):
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(widened, tree)
+
+
+def _like(tree, other):
+    """The leaves in the dtypes of another tree."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(jnp.result_type(like)), tree, other)
 
 
 def _visit_all(visit, batches, look, params, probes, start):
@@ -267,12 +291,11 @@ def _visit_all(visit, batches, look, params, probes, start):
     return jax.lax.scan(visit, carry, batches)[0]
 
 
-def _objective(loss_fn, sweep: Sweep | None, params, batch, sinks):
+def _objective(loss_fn, watch: Watch, params, batch, sinks):
     if not sinks:
         return call_loss(loss_fn, params, batch)
-    linear = observed_linear(sinks, sweep.sink)
-    result = call_loss(loss_fn, params, batch, linear)
-    check_uses(linear, sweep.sink)
+    result = call_loss(loss_fn, params, batch, watch.linear(sinks))
+    watch.check()
     return result
 
 

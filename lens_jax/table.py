@@ -5,8 +5,9 @@ the eigenvalues of a covariance, gradients and weights by singular values, whose
 alpha of the eigenvalues that are their squares (protocol spec 1.5). A column belongs to one kind.
 
 A statistic is None where the record does not hold what it needs, and NaN where the spectrum does
-not define it. Errors are jackknife standard errors over left-out groups, or None: the standard
-error of a least-squares slope is a column of its own and never stands in for them. numpy only.
+not define it, as an exponent on ranks that hold nothing but rounding. Errors are jackknife standard
+errors over left-out groups, or None: the standard error of a least-squares slope is a column of its
+own and never stands in for them. numpy only.
 """
 
 import csv
@@ -18,6 +19,7 @@ import numpy as np
 
 from lens_jax.comparisons import subspace_overlap
 from lens_jax.fits import (
+    COVARIANCE_FLOOR,
     GRAM_FLOOR,
     REFERENCE_WIDTH,
     fit_alpha_req,
@@ -37,7 +39,8 @@ KINDS = {"activation": "act_", "gradient": "grad_", "weight": "weight_"}
 """Kinds of rows and how the kinds of their records begin."""
 
 EIGENVECTORS = "act_cov_eigenvectors"
-REQ_FIRST, WIDEST_RANKS = 6, 10  # spectra shorter than these have no such fit
+REQ_FIRST, REQ_LAST = 6, 100  # ranks of alpha-ReQ
+WIDEST_RANKS = 10  # shorter spectra have no such fit
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -107,15 +110,12 @@ def _activation(arrays: Arrays, meta: dict, tier: str | None) -> dict[str, Stati
     found = {} if last is None else {"act_last_rankme_lambda": Statistic(rankme(last))}
     if spectrum is None:
         return found
-    windows = display_windows(tier, spectrum.size) if spectrum.size >= 3 else {}
-    for name, window in windows.items():
+    for name, window in display_windows(tier, spectrum.size).items():
         found |= _power_law(_alpha_name(name), spectrum, left_out, window)
     for name, statistic in _ACTIVATION_STATISTICS.items():
         found[name] = _statistic(statistic, spectrum, left_out=left_out)
     if spectrum.size >= REQ_FIRST:
-        found["act_alpha_req"] = _statistic(
-            lambda values: fit_alpha_req(values).alpha, spectrum, left_out=left_out
-        )
+        found["act_alpha_req"] = _statistic(_alpha_req, spectrum, left_out=left_out)
     if spectrum.size >= WIDEST_RANKS:
         widest = widest_power_law(spectrum)
         for part in ("alpha", "r2", "first", "last"):
@@ -129,6 +129,12 @@ def _activation(arrays: Arrays, meta: dict, tier: str | None) -> dict[str, Stati
     if "act_cov_eigenvalues_halves" in arrays:
         found["act_jsd_halves"] = Statistic(jsd_null(arrays["act_cov_eigenvalues_halves"]))
     return found
+
+
+def _alpha_req(values) -> float:
+    """NaN where the spectrum ends before the ranks do, as all exponents here."""
+    fit = fit_alpha_req(values)
+    return fit.alpha if fit.last == min(REQ_LAST, values.size) else np.nan
 
 
 _ACTIVATION_STATISTICS = {
@@ -161,7 +167,8 @@ def _gradient(arrays: Arrays, meta: dict, tier: str | None) -> dict[str, Statist
         spectrum, left_out = _with_left_out(arrays, f"grad_singular_values{ending}")
         if spectrum is not None:
             window = gradient_window(spectrum.size)
-            found |= _power_law(f"grad_sigma_alpha{ending}", spectrum, left_out, window)
+            name = f"grad_sigma_alpha{ending}"
+            found |= _power_law(name, spectrum, left_out, window, GRAM_FLOOR)
             found |= _shares("grad", ending, spectrum, left_out)
     centred, centred_left_out = _with_left_out(arrays, "grad_singular_values_centred")
     mean_sq, mean_left_out = _with_left_out(arrays, "grad_mean_sq")
@@ -205,12 +212,19 @@ def _shares(kind: str, ending: str, spectrum, left_out) -> dict[str, Statistic]:
     }
 
 
-def _power_law(name: str, spectrum, left_out, window: tuple[int, int]) -> dict[str, Statistic]:
-    """Alpha with its error, and what belongs to the fit as columns beside it."""
+def _power_law(
+    name: str, spectrum, left_out, window: tuple[int, int], floor: float = COVARIANCE_FLOOR
+) -> dict[str, Statistic]:
+    """Alpha with its error, and what belongs to the fit as columns beside it.
+
+    NaN where the spectrum ends inside the window, with its last rank: a column has one window.
+    """
     if spectrum.size < window[0]:
         return {}
-    fit = fit_power_law(spectrum, *window)
-    error = None if left_out is None else alpha_error(left_out, *window)
+    fit = fit_power_law(spectrum, *window, floor)
+    if fit.last < min(window[1], spectrum.size):
+        fit = fit._replace(alpha=np.nan, r2=np.nan, se=np.nan)
+    error = None if left_out is None else alpha_error(left_out, *window, floor)
     beside = {"r2": fit.r2, "ols_se": fit.se, "first": fit.first, "last": fit.last}
     parts = {f"{name}_{part}": Statistic(value) for part, value in beside.items()}
     return {name: Statistic(fit.alpha, error), **parts}
@@ -273,7 +287,8 @@ def _alpha_columns(rows: list[Row], name: str, window: str, values: str, *words)
     """Alpha in one published rank window and the columns that belong to its fit."""
     ends = [f"{name}_{end}" for end in ("first", "last")]
     found = [row.statistics for row in rows if name in row.statistics]
-    used = {"-".join(str(statistics[end].value) for end in ends) for statistics in found}
+    whole = [statistics for statistics in found if np.isfinite(statistics[name].value)] or found
+    used = {"-".join(str(statistics[end].value) for end in ends) for statistics in whole}
     here = used.pop() if len(used) == 1 else None
     ranks = (
         window if here == window else f"{here} ({window} scaled)" if here else f"{window} scaled"

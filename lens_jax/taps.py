@@ -44,8 +44,12 @@ def num_rows(batch: Any, axis: int = 0) -> int:
 
 
 def check_taps(taps: Mapping[str, jax.Array], sites: Iterable[str], rows: int) -> None:
-    """Raises ValueError for a tap that is measured and is not (rows, ..., D)."""
+    """Raises ValueError for a tap that is measured and is not an array (rows, ..., D)."""
     for site, tap in select(taps, sites).items():
+        if not hasattr(tap, "ndim"):
+            raise ValueError(
+                f"tap {site!r} is a {type(tap).__name__}: give arrays, each under a name of its own"
+            )
         if tap.ndim < 2 or tap.shape[0] != rows:
             raise ValueError(
                 f"tap {site!r} has shape {tap.shape} for a batch of {rows} rows: give (B, ..., D)"

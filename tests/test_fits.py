@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from lens_jax.fits import (
+    COVARIANCE_FLOOR,
     GRAM_FLOOR,
     PAPER_WINDOWS,
     fit_alpha_req,
@@ -19,6 +20,8 @@ from lens_jax.fits import (
     rankme_sigma,
     scale_ranks,
     topk_share,
+    widest_power_law,
+    window_alpha,
 )
 
 spectra = hnp.arrays(
@@ -30,7 +33,7 @@ spectra = hnp.arrays(
 @pytest.mark.parametrize("window", [(1, 10), (30, 150), (90, 200), (200, 400)])
 def test_planted_power_law_is_recovered(alpha, window):
     values = 7.5 * np.arange(1, 769.0) ** -alpha
-    fit = fit_power_law(values, *window)
+    fit = fit_power_law(values, *window, floor=0)
     assert fit.alpha == pytest.approx(alpha, abs=1e-12)
     assert fit.se == pytest.approx(0, abs=1e-12)
     assert (fit.first, fit.last) == window
@@ -63,12 +66,38 @@ def test_last_rank_is_cut_to_the_spectrum():
     assert fit.alpha == pytest.approx(1.5)
 
 
-def test_values_that_are_not_positive_leave_a_gap_in_the_ranks():
+def test_a_spectrum_ends_where_values_are_not_positive():
     values = np.arange(1, 31.0) ** -2.0
     values[25:] = [0.0, 0.0, -1e-18, -1e-17, -1e-17]
     fit = fit_power_law(values, 10, 30)
     assert fit.alpha == pytest.approx(2.0)
-    assert fit.last == 30
+    assert (fit.first, fit.last) == (10, 25)
+
+
+@pytest.mark.parametrize("fit", [fit_power_law, fit_alpha_req, widest_power_law])
+def test_a_spectrum_ends_where_values_are_rounding(fit):
+    """Forty values of a law and, from there on, the rounding of a float32 covariance."""
+    values = np.arange(1, 257.0) ** -1.5
+    values[40:] = COVARIANCE_FLOOR * np.linspace(0.9, 0.1, 216)
+    window = {} if fit is widest_power_law else {"first": 10, "last": 150}
+    found = fit(values, **window)
+    assert found.alpha == pytest.approx(1.5)
+    assert found.last == 40
+    if window:
+        assert fit(values, **window, floor=0).last == 150
+    assert fit(values, **window, floor=1e-2).last == 21  # 21^-1.5 is the last above 1 %
+
+
+def test_ranks_of_rounding_alone_have_no_exponent():
+    values = np.arange(1, 257.0) ** -1.5
+    values[40:] = COVARIANCE_FLOOR * np.linspace(0.9, 0.1, 216)
+    for first, last in ((41, 150), (39, 150)):  # two values that are none of rounding make no fit
+        fit = fit_power_law(values, first, last)
+        assert np.isnan([fit.alpha, fit.r2, fit.se]).all()
+        assert (fit.first, fit.last) == (first, last)
+    assert math.isnan(window_alpha(values, 10, 150))
+    assert window_alpha(values, 10, 40) == fit_power_law(values, 10, 150).alpha
+    assert window_alpha(values[:40], 10, 150) == pytest.approx(1.5)  # no longer than that
 
 
 def test_singular_values_have_half_the_alpha_of_eigenvalues():
@@ -161,7 +190,7 @@ def test_error_of_alpha_req_is_the_spread_over_draws_of_equal_noise():
     rng = np.random.default_rng(4)
     # Steps of the planted law exceed the noise, so ranking changes nothing.
     law = -60 * np.log(np.arange(1, 101.0))
-    fits = [fit_alpha_req(np.exp(law + 0.05 * rng.normal(size=100))) for _ in range(2000)]
+    fits = [fit_alpha_req(np.exp(law + 0.05 * rng.normal(size=100)), floor=0) for _ in range(2000)]
     spread = np.std([fit.alpha for fit in fits])
     assert np.sqrt(np.mean([fit.se**2 for fit in fits])) == pytest.approx(spread, rel=0.06)
 

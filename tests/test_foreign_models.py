@@ -223,6 +223,41 @@ def test_one_backward_pass_shows_them_too():
             close(found[array], values, array)
 
 
+class NnxDropout(nnx.Module):
+    def __init__(self, rngs):
+        self.model = NnxModel(rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):  # (B, T, D)
+        return self.dropout(self.model(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_with_random_state_is_split_into_parameters_and_the_rest(training):
+    model = NnxDropout(nnx.Rngs(0))
+    nnx.replace_by_pure_dict(state := nnx.state(model.model, nnx.Param), plain_params())
+    nnx.update(model.model, state)
+    model.train() if training else model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, batch):
+        return error_and_tap(nnx.merge(graph, params, rest, copy=True)(batch["x"]), batch)
+
+    path = "model/first/kernel/value"
+    assert path in parameter_paths(params)
+    lens = make_lens(windows=ROWS, activations=("out",), gradients=(path,))
+    both = [measure_lens(loss_fn, lens, params, ProbeBatch(BATCH)) for _ in range(2)]
+    assert both[0][1] == both[1][1]
+    loss, grads, _ = jax.jit(measured_value_and_grad(loss_fn, lens))(params, BATCH)
+    np.testing.assert_allclose(loss, both[0][1], rtol=1e-6)
+    assert parameter_paths(grads) == parameter_paths(params)
+    found = spectra(both[0][0])[f"grad_singular_values/{path}"]
+    if training:
+        assert np.isfinite(found).all()
+    else:
+        close(found, expected()["grad_singular_values/first/kernel"], path)
+
+
 @pytest.mark.parametrize("name", DIALECTS)
 def test_every_dialect_trains_under_the_lens(name):
     """A step of one's own and make_train_step descend alike, measuring or not."""

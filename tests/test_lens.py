@@ -286,6 +286,32 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(problem):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *ends)
 
 
+def test_gradients_of_bfloat16_parameters_are_summed_and_normed_in_float32():
+    """Of 64 micro-batches one has a gradient of 256, whose bfloat16 is blind to the others' 1/2."""
+    start = np.random.default_rng(6).normal(size=512).astype(jnp.bfloat16)
+    slopes = np.full((64, 1, 1), 0.5, np.float32)
+    slopes[0] = 256
+
+    def line(params, batch):
+        return jnp.mean(batch["slope"]) * jnp.sum(params["w"].astype(jnp.float32)), {}
+
+    tx = optax.sgd(1.0)
+    step = make_train_step(line, tx, Lens())
+    state = init_state({"w": jnp.asarray(start)}, tx)
+    new, metrics, _ = step(state, {"slope": jnp.asarray(slopes)}, None, measure=False)
+    mean = (256 + 63 * 0.5) / 64
+    np.testing.assert_allclose(metrics["grad_norm"], mean * 512**0.5, rtol=1e-6)
+    norm = np.linalg.norm(start.astype(np.float64))
+    np.testing.assert_allclose(metrics["param_norm"], norm, rtol=1e-6)
+    assert new.params["w"].dtype == jnp.bfloat16
+    expected = start - np.asarray(mean, jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(new.params["w"]), expected)
+    lens = make_lens(windows=64)
+    rows = {"slope": jnp.asarray(slopes[:, 0])}
+    _, grads, _ = measured_value_and_grad(line, lens)({"w": jnp.asarray(start)}, rows)
+    assert grads["w"].dtype == jnp.bfloat16
+
+
 def test_a_step_that_is_not_finite_changes_nothing(problem):
     params, batch = problem
     tx = optax.adam(1.0)

@@ -84,6 +84,58 @@ def test_panels_survive_spectra_that_are_not_finite(tmp_path, panel):
     draw_panel(panel, read_run(folder)).figure.canvas.draw()
 
 
+def degenerate(folder, spectra):
+    """A run whose steps have one spectrum each for every kind."""
+    for step, values in enumerate(spectra):
+        arrays = {f"{kind}/h_3/attn/c_q/kernel": values for kind in KINDS[2:]}
+        arrays |= {f"{kind}/h_3/resid_post": values for kind in KINDS[:2]}
+        arrays["act_cov_eigenvalues_left_out/h_3/resid_post"] = np.stack([values] * 4)
+        meta = {"tokens": step * 16_384, "width": values.size}
+        write_step(folder / "spectra", step, arrays, meta)
+    return read_run(folder)
+
+
+LAW = np.arange(1, 25.0) ** -1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("spectra", "said"),
+    [
+        ([np.ones(1), np.ones(1)], "not measured: no exponent at width 1"),
+        ([LAW[:2], LAW[:2]], "not measured: no exponent at width 2"),
+        ([0 * LAW, 0 * LAW], "all zero"),
+        ([0 * LAW[:2], 0 * LAW[:2]], "all zero"),
+        ([0 * LAW, np.nan * LAW], "not measured: not finite"),
+        ([np.nan * LAW[:2]], "not measured: not finite"),
+        ([0 * LAW, np.nan * LAW, LAW], None),
+        ([np.eye(24)[0], np.eye(24)[0]], None),
+    ],
+)
+def test_what_can_be_drawn_of_a_poor_spectrum_is_drawn(tmp_path, spectra, said):
+    run = degenerate(tmp_path, spectra)
+    bare = {}
+    for panel in ALL_PANELS[1:]:
+        ax = draw_panel(panel, run)
+        ax.figure.canvas.draw()
+        if not ax.has_data():
+            (bare[panel.__name__],) = all_text(ax)
+    narrow = {"tail_exponents", "layer_heat_map"}
+    if said is None:
+        assert not bare
+    elif "width" in said:
+        assert bare == dict.fromkeys(narrow, said)
+    else:
+        assert set(bare.values()) == {said}
+        assert {"activation_spectra", "tail_exponents", "rankme_trajectories"} <= bare.keys()
+
+
+def test_page_report_and_table_of_a_run_of_width_two(tmp_path):
+    degenerate(tmp_path, [LAW[:2], 0 * LAW[:2]])
+    for ending in (".png", ".html", ".csv"):
+        assert draw_run(tmp_path, tmp_path / f"page{ending}").stat().st_size > 300
+
+
 def test_loss_panel_draws_yardsticks_and_skips_what_is_not_finite(run_folder, tmp_path):
     texts = all_text(draw_panel(panels.loss, read_run(run_folder)))
     assert "unigram entropy 6.48" in texts

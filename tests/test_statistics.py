@@ -80,9 +80,9 @@ def test_a_power_law_between_bends_is_found():
 def test_of_equally_wide_ranges_the_one_of_more_ranks_is_taken():
     ranks = np.arange(1, 113.0)
     values = ranks**-0.1 * np.exp(-50.0 * (ranks > 10) - 50.0 * (ranks > 110))
-    assert widest_power_law(values)[3:] == (11, 110)  # and not 1-10
-    assert widest_power_law(values[:110])[3:] == (11, 110)
-    assert widest_power_law(values[:109])[3:] == (1, 10)
+    assert widest_power_law(values, floor=0)[3:] == (11, 110)  # and not 1-10
+    assert widest_power_law(values[:110], floor=0)[3:] == (11, 110)
+    assert widest_power_law(values[:109], floor=0)[3:] == (1, 10)
 
 
 def test_high_r2_does_not_mean_one_exponent():
