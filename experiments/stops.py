@@ -1,6 +1,8 @@
 """What ends a run before its time: a signal, a number that is not finite, or a full disk."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,3 +62,5 @@ class Interrupt:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if sys.stdout.isatty():  # the live line has hidden the cursor
+                os.write(sys.stdout.fileno(), b"\x1b[?25h")

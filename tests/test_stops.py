@@ -29,6 +29,15 @@ with Interrupt() as interrupt:
 """
 
 
+def test_the_first_ctrl_c_shows_the_cursor_that_the_second_would_leave_hidden(monkeypatch):
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as terminal, Interrupt():
+        monkeypatch.setattr(sys, "stdout", terminal)
+        signal.raise_signal(signal.SIGINT)
+        assert os.read(ours, 10) == b"\x1b[?25h"
+    os.close(ours)
+
+
 def test_a_second_ctrl_c_ends_the_process_at_once():
     process = subprocess.Popen(
         [sys.executable, "-c", DEAF], cwd=ROOT, stdout=subprocess.PIPE, text=True
