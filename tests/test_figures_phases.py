@@ -22,6 +22,7 @@ from experiments.figures.phases import (
     Variant,
     draw_18,
     middle_test,
+    read_variant,
     seed_sd,
     trajectory,
 )
@@ -132,6 +133,23 @@ def test_seed_sd_pools_cells_of_three_seeds_over_their_common_steps():
     assert np.isnan(seed_sd(found[-2:])[0])
 
 
+def test_noise_of_one_family_hides_nothing_in_another(monkeypatch):
+    rng = np.random.default_rng(3)
+    shape = np.repeat([2.0, 0.0, 1.0], 4)
+    quiet = [made(shape + 0.02 * rng.normal(size=12), seed=s) for s in range(3)]
+    loud = [made(3.0 * rng.normal(size=12), rung="baseline", seed=s) for s in range(3)]
+    alone = made(shape, rung="untied")
+    everything = [*quiet, *loud, alone]
+    monkeypatch.setattr("experiments.figures.phases.trajectory", lambda own, kind: own)
+    study = type("Study", (), {"chosen": everything})
+    found = read_variant(study, ACTIVATION, "all tokens")
+    assert {sequence(own.phases) for own in found.all[:3]} == {"fall, rise"}
+    assert found.sds[alone.run.family] == seed_sd(everything)[0]  # no seeds of its own: pooled
+    assert found.sds[alone.run.family] > 10 * found.sds[quiet[0].run.family]
+    assert found.seed_runs == 6
+    assert found.called
+
+
 def three(size):
     return [Phase(0, 1, -size), Phase(1, 2, size), Phase(2, 3, -size)] if size else []
 
@@ -144,7 +162,7 @@ def variant(*families):
         for rung, sizes in zip(rungs, families, strict=False)
         for k, size in enumerate(sizes)
     ]
-    return Variant("all tokens", found, 1.0, 3)
+    return Variant("all tokens", found, {own.run.family: 1.0 for own in found}, 3)
 
 
 def test_clearest_in_the_middle_is_found_and_its_p_is_exact():

@@ -26,7 +26,7 @@ from experiments.figures.phase_rule import (
     phases,
     sequence,
 )
-from experiments.study_records import ACTIVATION, Run, Study
+from experiments.study_records import ACTIVATION, Family, Run, Study
 from lens_jax.axis_style import (
     BLUE,
     GRID,
@@ -97,20 +97,37 @@ def seed_sd(trajectories: Sequence[Trajectory]) -> tuple[float, int]:
 
 
 class Variant(NamedTuple):
-    """All trajectories of one kind with their phases, and the threshold these were called by."""
+    """All trajectories of one kind with their phases, and the thresholds these were called by.
+
+    sds: the seed sd of each family; seed_runs: runs behind all of them.
+    """
 
     label: str
     all: list[Trajectory]
-    sd: float
+    sds: dict[Family, float]
     seed_runs: int
+
+    @property
+    def called(self) -> bool:
+        """Whether there is a threshold at all."""
+        return bool(np.any(np.isfinite(list(self.sds.values()))))
 
 
 def read_variant(study: Study, kind: str, label: str) -> Variant:
-    """Reads one kind of RankMe of all chosen runs and calls the phases."""
+    """Reads one kind of RankMe of all chosen runs and calls the phases.
+
+    The noise is that between seeds of the same family, where it has cells for it: runs of one rung
+    that collapse at another step each would hide what all runs of another do. Elsewhere it is
+    pooled over all families.
+    """
     found = [own for run in study.chosen if (own := trajectory(run, kind)) is not None]
-    sd, seed_runs = seed_sd(found)
-    called = [own._replace(phases=phases(own.values, 3 * sd)) for own in found]
-    return Variant(label, called, sd, seed_runs)
+    pooled, seed_runs = seed_sd(found)
+    sds = {}
+    for family in dict.fromkeys(own.run.family for own in found):
+        sd, _ = seed_sd([own for own in found if own.run.family == family])
+        sds[family] = sd if np.isfinite(sd) else pooled
+    called = [own._replace(phases=phases(own.values, 3 * sds[own.run.family])) for own in found]
+    return Variant(label, called, sds, seed_runs)
 
 
 def _ended(variant: Variant) -> Variant:
@@ -173,7 +190,7 @@ def draw_18(figure: Figure, study: Study, options: Options) -> list[Claim]:
         batches = sorted({run.batch for run in study.of(family)})
         for ax, variant in zip(row, variants, strict=False):
             _draw_lines(ax, [t for t in variant.all if t.run.family == family], batches)
-        _draw_strips(row[2], [t for t in main.all if t.run.family == family], batches, main.sd)
+        _draw_strips(row[2], [t for t in main.all if t.run.family == family], batches, main.called)
         row[0].set_ylabel(f"{family.name}\nRankMe")
         if batches != before:
             _add_legends(row)
@@ -217,9 +234,9 @@ def _add_legends(row: np.ndarray) -> None:
         row[2].legend(handles=handles, ncols=2, **place)
 
 
-def _draw_strips(ax, trajectories: list[Trajectory], batches: list[int], sd: float) -> None:
+def _draw_strips(ax, trajectories: list[Trajectory], batches: list[int], called: bool) -> None:
     """A line a run, batches from below; where a phase lies it is thick and coloured."""
-    if not np.isfinite(sd):
+    if not called:
         not_measured(ax, "no cell with 3 seeds:\nno threshold for a phase")
         return
     seeds = {b: [t for t in trajectories if t.run.batch == b] for b in batches}
@@ -252,7 +269,7 @@ def _claims(variant: Variant) -> list[Claim]:
         counts[sequence(own.phases)] = counts.get(sequence(own.phases), 0) + 1
     listed = "; ".join(f"{name}: {n}" for name, n in sorted(counts.items(), key=lambda i: -i[1]))
     control = f"flat runs with seed noise have a phase in {chance:.1%}"
-    called = np.isfinite(variant.sd)
+    called = variant.called
     outcome = UNDECIDED if not called else HELD if 0 < share < 1 else FAILED
     first = Claim(
         "18", f"{where}: collapse, expansion, compression occurs, and not in all runs",
@@ -286,11 +303,12 @@ def _caption_text(variants: Sequence[Variant], families) -> str:
         f"{short_count(end)}.",
     ]
     for variant in variants:
-        if np.isfinite(variant.sd):
-            source = f"seed sd {variant.sd:.2%} ({variant.seed_runs} runs)"
+        if variant.called:
+            low, high = min(variant.sds.values()), max(variant.sds.values())
+            source = f"seed sd {low:.1%} to {high:.1%} by family ({variant.seed_runs} runs)"
             parts.append(f"{variant.label.capitalize()}: {source}.")
     parts.append(
         "Phase: a monotone run of the series smoothed over 3 checkpoints whose change of ln RankMe "
-        "exceeds 3 seed sd; (c) is for all tokens."
+        "exceeds 3 seed sd of its family; (c) is for all tokens."
     )
     return " ".join(parts)
