@@ -260,13 +260,15 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's main; a UsageError becomes one line on stderr and exit code 2."""
     try:
         code = main(sys.argv[1:])
-    except UsageError as error:
+    except (UsageError, BrokenPipeError) as error:
+        # A command may have taken the pipe for a file that cannot be written.
+        if BrokenPipeError in (type(error), type(error.__cause__)):
+            # the reader, `head` for instance, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     sys.exit(code or 0)

@@ -1,6 +1,8 @@
 """Words to typed values: every text gives a value or one line, never another exception."""
 
 import math
+import subprocess
+import sys
 from typing import Literal
 
 import chz
@@ -253,3 +255,27 @@ def test_a_command_ends_with_its_code(capsys, monkeypatch):
             run_command(main)
         assert ended.value.code == code
     assert capsys.readouterr().err == "error: word is\\nwrong\n"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_reader_that_has_seen_enough_is_no_error(wrapped):
+    program = (
+        "from models.command_line import UsageError, run_command\n"
+        "def main(argv):\n"
+        "    try:\n"
+        "        for _ in range(100_000):\n"
+        "            print('line', flush=True)\n"
+        "    except OSError as error:\n"
+        f"        if {wrapped}:\n"
+        "            raise UsageError(str(error)) from error\n"
+        "        raise\n"
+        "run_command(main)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert writer.stdout.readline() == b"line\n"
+    writer.stdout.close()
+    assert writer.wait() == 141
+    assert writer.stderr.read() == b""
+    writer.stderr.close()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.efficiency import crossing_tokens, early_row, ranks_of
 from experiments.figures.options import Options
@@ -227,6 +227,7 @@ def _draw_ratios(ax, looks: Sequence[Look], statistics: Sequence[Statistic]) -> 
         ax.plot(ratios[kept], kept + offset, ls="", marker=shape, color=colour, label=name)
     ax.axvline(1, color=FAINT, lw=0.8)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(statistics)), [statistic.name for statistic in statistics])
