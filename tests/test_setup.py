@@ -101,7 +101,11 @@ def test_a_batch_measured_in_pieces_is_the_batch_measured_at_once(data, on_batch
 def test_every_kernel_of_a_probed_layer_is_measured(on_batch):
     kinds = {"act/h_0/resid_post", "act_last/h_0/resid_post"}
     matrices = ("attn/c_q", "attn/c_v", "attn/c_proj", "mlp/c_proj")
-    kinds |= {f"{kind}/h_0/{each}/kernel" for kind in ("grad", "weight") for each in matrices}
+    kinds |= {
+        f"{kind}/h_0/{each}/kernel"
+        for kind in ("grad", "grad_facts", "weight")
+        for each in matrices
+    }
     assert set(on_batch[2][0]) == kinds
 
 
