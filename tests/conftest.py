@@ -1,4 +1,4 @@
-"""Settings of every test: implicit rank promotion is an error, and nothing asks for a network."""
+"""Settings of every test: no rank promotion by itself, no time limits, no network asked for."""
 
 import os
 
@@ -6,6 +6,11 @@ import os
 # read by OpenBLAS when NumPy is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No test asserts a time: on a machine that is shared any example may take long.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")

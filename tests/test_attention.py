@@ -81,7 +81,7 @@ PAIRS, FIRST = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(masks)
 def test_masks_are_the_double_loop(draw):
     documents, windows = build(draw)
@@ -131,7 +131,7 @@ ROUTES = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(masks)
 def test_every_implementation_is_the_dense_one(draw):
     documents, windows = build(draw)

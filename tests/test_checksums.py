@@ -62,7 +62,7 @@ def test_a_strided_array_counts_in_row_major_order():
     assert host_checksum(array.T) != host_checksum(array)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     words=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40),
     position=st.integers(0, 39),

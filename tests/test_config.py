@@ -310,7 +310,7 @@ typed = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(typed)
 def test_a_configuration_survives_its_file(values):
     words = [

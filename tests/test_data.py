@@ -156,7 +156,7 @@ def published_loader(lengths, chunk, count):
     return starts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=5),
     st.integers(1, 5),
@@ -205,7 +205,7 @@ def test_a_spread_probe_set_reaches_to_the_end_of_the_validation_shards(tmp_path
     np.testing.assert_array_equal(held.probe - 50, starts + np.arange(6))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 6),
     st.integers(1, 4),

@@ -17,7 +17,7 @@ WAYS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=24, max_size=24), st.integers(0, 99))
 def test_rows_are_summed_by_id(ids, seed):
     rows = np.random.default_rng(seed).normal(size=(24, WIDTH)).astype(np.float32)

@@ -184,7 +184,7 @@ def run_loop(path, checkpoint, num_steps, val_every, checkpoint_every, kill_afte
                 write("train", step)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_steps=st.integers(1, 12),
     val_every=st.integers(1, 4),

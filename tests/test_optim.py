@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import twins_optim
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.config import OptimConfig, reference_to_run_steps
@@ -87,7 +87,6 @@ def test_learning_rate_factor_at_its_corners(schedule, step, factor):
     assert not isinstance(f(step), jax.Array)
 
 
-@settings(deadline=None)
 @given(
     schedule=st.sampled_from(["cosine", "trapezoid"]),
     warmdown=st.floats(0, 1),

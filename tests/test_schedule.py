@@ -89,7 +89,7 @@ def test_the_rungs_of_the_laptop_study_end_within_their_schedules():
     first=st.integers(1, 10_000),
     linear_from=st.integers(500, 100_000),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_every_event_is_in_the_run_and_on_time(batch, steps, every, first, linear_from):
     probes = ProbeConfig(window=32, first=first, linear_from=linear_from)
     config = make_config(
@@ -116,7 +116,7 @@ def test_every_event_is_in_the_run_and_on_time(batch, steps, every, first, linea
     blocks=st.integers(1, 40),
     spacing=st.sampled_from((1, 2, 3, 8)),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_events_come_at_the_same_tokens_whatever_the_batch(batch, blocks, spacing):
     unit = 32 * LONG_ROW  # a step of the largest batch here
     changed = {
@@ -139,7 +139,6 @@ def test_events_come_at_the_same_tokens_whatever_the_batch(batch, blocks, spacin
 @given(
     first=st.integers(1, 10_000), linear_from=st.integers(500, 100_000), end=st.integers(1, 10**6)
 )
-@settings(deadline=None)
 def test_the_grid_doubles_and_then_keeps_to_multiples(first, linear_from, end):
     grid = doubling_grid(first, linear_from, end)
     assert grid[0] == 0

@@ -46,7 +46,7 @@ def refusal(path, vocab_size=None) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 65_535), min_size=1, max_size=60))
 def test_shard_is_the_literal_format_and_reads_back(tokens):
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def test_failed_write_leaves_the_old_shard(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=12), st.integers(1, 20))
 def test_shard_writer_cuts_at_documents(lengths, limit):
     documents = [np.full(n, i, np.uint16) for i, n in enumerate(lengths)]
