@@ -3,8 +3,6 @@
 Verdicts are by fixed rules, so that a sentence does not depend on who reads the figure. NumPy.
 """
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from itertools import product
@@ -14,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lens_jax.correlations import PermutationTest
+from lens_jax.plain_rows import csv_text, plain
 
 LEVEL = 0.05
 MOST_SIGNS = 16
@@ -92,18 +91,10 @@ def p_text(test: PermutationTest) -> str:
 
 def claims_json(claims: Sequence[Claim]) -> str:
     """The claims as strict JSON, null for what is not finite."""
-    return json.dumps([_plain(claim) for claim in claims], indent=2, allow_nan=False) + "\n"
+    rows = [plain(claim._asdict()) for claim in claims]
+    return json.dumps(rows, indent=2, allow_nan=False) + "\n"
 
 
 def claims_csv(claims: Sequence[Claim]) -> str:
     """The claims as CSV, empty for what is not finite."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, Claim._fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_plain(claim) for claim in claims)
-    return text.getvalue()
-
-
-def _plain(claim: Claim) -> dict:
-    cells = claim._asdict()
-    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in cells.items()}
+    return csv_text((claim._asdict() for claim in claims), Claim._fields)

@@ -56,6 +56,15 @@ class PowerLaw(NamedTuple):
     first: int
     last: int
 
+    def on_whole(self, last: int, count: int) -> "PowerLaw":
+        """The fit if it reaches rank `last` or the last of `count` values, else the same with NaN.
+
+        For numbers that are held against each other: they have one window.
+        """
+        if self.last == min(last, count):
+            return self
+        return self._replace(alpha=float("nan"), r2=float("nan"), se=float("nan"))
+
 
 def _ranked(values) -> np.ndarray:
     """Returns the values as float64, descending; ValueError unless they form one axis."""
@@ -97,8 +106,7 @@ def window_alpha(values, first: int, last: int, floor: float = COVARIANCE_FLOOR)
     For rows of a table and points of a curve, which are held against each other. A window may still
     reach beyond the number of values.
     """
-    fit = fit_power_law(values, first, last, floor)
-    return fit.alpha if fit.last == min(last, np.size(values)) else float("nan")
+    return fit_power_law(values, first, last, floor).on_whole(last, np.size(values)).alpha
 
 
 def fit_alpha_req(

@@ -83,8 +83,10 @@ def tail_exponents(ax, run: SavedRun) -> None:
         return axes.not_measured(ax, axes.reason(records))
     tokens = [record.tokens for record in records]
     for name, window, colour, shape in windows:
-        fits = [fit_power_law(record.values, *window) for record in records]
-        alphas = [window_alpha(record.values, *window) for record in records]
+        fits = [
+            fit_power_law(r.values, *window).on_whole(window[1], r.values.size) for r in records
+        ]
+        alphas = [fit.alpha for fit in fits]
         label = _window_label(name, window)
         line = {"color": colour, "marker": axes.marker(shape, len(records)), "label": label}
         if has_jackknife(run, site):

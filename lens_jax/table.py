@@ -133,8 +133,7 @@ def _activation(arrays: Arrays, meta: dict, tier: str | None) -> dict[str, Stati
 
 def _alpha_req(values) -> float:
     """NaN where the spectrum ends before the ranks do, as all exponents here."""
-    fit = fit_alpha_req(values)
-    return fit.alpha if fit.last == min(REQ_LAST, values.size) else np.nan
+    return fit_alpha_req(values).on_whole(REQ_LAST, values.size).alpha
 
 
 _ACTIVATION_STATISTICS = {
@@ -221,9 +220,7 @@ def _power_law(
     """
     if spectrum.size < window[0]:
         return {}
-    fit = fit_power_law(spectrum, *window, floor)
-    if fit.last < min(window[1], spectrum.size):
-        fit = fit._replace(alpha=np.nan, r2=np.nan, se=np.nan)
+    fit = fit_power_law(spectrum, *window, floor).on_whole(window[1], spectrum.size)
     error = None if left_out is None else alpha_error(left_out, *window, floor)
     beside = {"r2": fit.r2, "ols_se": fit.se, "first": fit.first, "last": fit.last}
     parts = {f"{name}_{part}": Statistic(value) for part, value in beside.items()}

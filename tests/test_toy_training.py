@@ -141,11 +141,11 @@ def test_crossing_is_linear_between_the_last_two():
 
 
 def test_measurements_lie_on_a_doubling_grid_of_dispatches():
-    steps = [s for s in range(0, 321, 10) if measuring.is_due(s, 10, 1)]
+    steps = [s for s in range(0, 321, 10) if measuring.is_on_grid(s, 10, 1)]
     assert steps == [0, 10, 20, 40, 80, 160, 320]
     # four times the batch at a quarter of the steps: the same tokens
-    assert [s // 10 for s in steps] == [s for s in range(33) if measuring.is_due(s, 1, 1)]
-    assert not measuring.is_due(0, 10, 0)
+    assert [s // 10 for s in steps] == [s for s in range(33) if measuring.is_on_grid(s, 1, 1)]
+    assert not measuring.is_on_grid(0, 10, 0)
 
 
 def test_records_hold_every_pool_and_the_proxy_under_its_own_name(whole):

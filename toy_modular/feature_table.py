@@ -7,12 +7,11 @@ and what keeping or dropping the key mode does to the loss of the last position,
 (`edits`). NumPy.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lens_jax.plain_rows import csv_text
 from toy_modular.edit_names import EDIT_NAMES, SPANS
 from toy_modular.features import (
     effective_modes,
@@ -100,14 +99,9 @@ def _edits(row, table: str, band: str) -> dict[str, float]:
 def features_csv(rows: Sequence[dict]) -> str:
     """The rows as CSV, the columns of all of them; empty for what is not finite or not there."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    short = ({name: _rounded(value) for name, value in row.items()} for row in rows)
+    return csv_text(short, names)
 
 
-def _cell(value):
-    if not isinstance(value, float):
-        return value
-    return f"{value:.6g}" if np.isfinite(value) else ""
+def _rounded(value):
+    return f"{value:.6g}" if isinstance(value, float) and np.isfinite(value) else value

@@ -137,9 +137,10 @@ def run_figures(config: FigureConfig, tell: Callable[[str], None] = print) -> li
     if of_grokking or config.fig == "grokking":
         claims = _draw_grokking(of_grokking, out, tell)
     else:
-        claims = _draw_walks(read_study(config.study), config, out, tell)
+        study = read_study(config.study)
+        claims = _draw_walks(study, config, out, tell)
         if config.fig == "all":
-            _write_features(read_study(config.study), config.modes, out, tell)
+            _write_features(study, config.modes, out, tell)
     if claims:
         stem = "claims" if config.fig == "all" else f"claims_{config.fig}"
         for ending, text in (("csv", claims_csv(claims)), ("json", claims_json(claims))):

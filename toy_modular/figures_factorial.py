@@ -23,14 +23,9 @@ from toy_modular.sweeps import chosen_bands
 
 INCHES = (7.1, 4.7)
 PREFIX = "cell-"
-LEVELS = {
-    "head": ("tied", "untied"),
-    "std": ("std1", ""),
-    "norm": ("nonorm", "norm"),
-    "start": ("random", "zero"),
-}
-"""Two levels of each factor of a cell; an empty one is whatever is not the first."""
 HEAD, STD, NORM, START = range(4)
+LEVELS = (("tied", "untied"), ("std1", ""), ("nonorm", "norm"), ("random", "zero"))
+"""Two levels of each factor of a cell; an empty one is whatever is not the first."""
 
 
 class Contrast(NamedTuple):
@@ -92,7 +87,7 @@ def levels(run: Run) -> tuple[str, ...]:
     """Levels of head, std, norm and start in a cell's name; raises ValueError for another form."""
     parts = tuple(run.stage.removeprefix(PREFIX).split("-"))
     fine = len(parts) == len(LEVELS) and all(
-        part in pair or "" in pair for part, pair in zip(parts, LEVELS.values(), strict=True)
+        part in pair or "" in pair for part, pair in zip(parts, LEVELS, strict=True)
     )
     if not fine:
         raise ValueError(
@@ -122,7 +117,7 @@ def effects(runs: Sequence[Run], values: Mapping[str, float]) -> list[Effect]:
     tied = {place: d for place, d in scale.items() if _is_at(place[0], (HEAD, 0))}
     both = {}
     for (cell, batch, seed), difference in tied.items():
-        untied = ((LEVELS["head"][1], *cell[1:]), batch, seed)
+        untied = ((LEVELS[HEAD][1], *cell[1:]), batch, seed)
         if untied in scale:
             both[cell, batch, seed] = difference - scale[untied]
     return [*found, _effect(INTERACTION, both)]
@@ -130,7 +125,7 @@ def effects(runs: Sequence[Run], values: Mapping[str, float]) -> list[Effect]:
 
 def _pairs(at: Mapping, factor: int) -> dict:
     """Differences by the place of the second level, (cell, batch, seed)."""
-    base, found = tuple(LEVELS.values())[factor][0], {}
+    base, found = LEVELS[factor][0], {}
     for (cell, batch, seed), value in at.items():
         low = ((*cell[:factor], base, *cell[factor + 1 :]), batch, seed)
         if cell[factor] != base and low in at:
@@ -140,7 +135,7 @@ def _pairs(at: Mapping, factor: int) -> dict:
 
 def _is_at(cell: Sequence[str], within: tuple[int, int]) -> bool:
     factor, level = within
-    return (cell[factor] != tuple(LEVELS.values())[factor][0]) == bool(level)
+    return (cell[factor] != LEVELS[factor][0]) == bool(level)
 
 
 def _effect(name: str, differences: Mapping) -> Effect:

@@ -20,7 +20,7 @@ from toy_modular.tasks import TASKS
 SUBSET_OFFSET = 505
 
 
-def is_due(step: int, eval_every: int, per_doubling: int) -> bool:
+def is_on_grid(step: int, eval_every: int, per_doubling: int) -> bool:
     """Whether a step is on the logarithmic grid: 0, the first dispatch, then so many a doubling.
 
     The grid is of dispatches, so that runs of batch sizes that are powers of two apart are measured
@@ -61,9 +61,11 @@ class Instrument:
 
     def is_due(self, step: int, crossed: Sequence[float], reason: str | None) -> bool:
         """Whether a step is measured: it is on the grid, a level is crossed, or the run ends."""
-        per_doubling = self._config.measure.per_doubling
-        on_grid = is_due(step, self._config.eval_every, per_doubling)
-        return per_doubling > 0 and bool(on_grid or crossed or reason)
+        measured = self._config.measure.per_doubling > 0
+        return measured and bool(self._on_grid(step) or crossed or reason)
+
+    def _on_grid(self, step: int) -> bool:
+        return is_on_grid(step, self._config.eval_every, self._config.measure.per_doubling)
 
     def look(self, params: Any, at: dict, crossed: Sequence[float], reason: str | None) -> None:
         """Measures params; at: {"step", "tokens", "val_loss"}, the loss of all validation rows."""
@@ -78,8 +80,7 @@ class Instrument:
         write_step(self._folder / "spectra", at["step"], self.spectra(params), meta)
         index = grid_index(at["step"], self._config.eval_every, measure.per_doubling)
         features = TASKS[self._config.task].make_features(shared(self._config))
-        on_grid = is_due(at["step"], self._config.eval_every, measure.per_doubling)
-        on_grid = on_grid and index % measure.bands_every == 0
+        on_grid = self._on_grid(at["step"]) and index % measure.bands_every == 0
         if features is not None and (reason or crossed or on_grid):
             arrays = features(params, reason is not None)
             write_step(self._folder / "features", at["step"], arrays, meta)

@@ -19,7 +19,7 @@ from toy_modular.nulls import (
     excess,
     kernel,
     next_code_null,
-    selection_null,
+    state_nulls,
     white_null,
 )
 from toy_modular.records import CURRENT, LAW, NEXT, Row, band_numbers
@@ -118,8 +118,8 @@ def chance_peaks(row: Row, table: str, band: str) -> dict[str, Selection]:
     """
     c, _ = band_numbers(band)
     width = effective_width(row.array("covariance", band))
-    law = row.array(LAW, band)
-    return {code: selection_null(c, width, None if code == table else law) for code in TABLES}
+    own, other = state_nulls(c, width, row.array(LAW, band))
+    return {code: own if code == table else other for code in TABLES}
 
 
 def fixed_modes(row: Row, band: str, k: int, table: str) -> tuple[int, ...]:

@@ -156,6 +156,14 @@ def selection_null(
     )
 
 
+def state_nulls(c: int, width: float, law) -> tuple[Selection, Selection]:
+    """`selection_null` in a table by one state: of codes of that state, and of the other one.
+
+    Those of the other state are seen through the law of steps, the same from either side.
+    """
+    return selection_null(c, width), selection_null(c, width, law)
+
+
 def excess(share: float, null: float) -> float:
     """The share of energy beyond what a null expects, share - null; below 0 is possible.
 

@@ -11,8 +11,6 @@ fault of this program, and the exit code is 1; on trained models it is a finding
 the table has medians over bands; the file has every band.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import chz
 import numpy as np
 
+from lens_jax.plain_rows import csv_text, plain
 from models.atomic_files import write_bytes_atomic
 from models.command_line import (
     Layer,
@@ -169,17 +168,10 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
 
 def rows_text(rows: Sequence[Row], ending: str) -> str:
     """All rows as CSV with a header, or as a JSON list; empty or null for what is not finite."""
-    plain = [
-        {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in pairs.items()}
-        for pairs in (row._asdict() for row in rows)
-    ]
+    cells = [row._asdict() for row in rows]
     if ending == ".json":
-        return json.dumps(plain, indent=2, allow_nan=False) + "\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, Row._fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain)
-    return text.getvalue()
+        return json.dumps([plain(row) for row in cells], indent=2, allow_nan=False) + "\n"
+    return csv_text(cells, Row._fields)
 
 
 if __name__ == "__main__":

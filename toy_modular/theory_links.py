@@ -23,7 +23,7 @@ from toy_modular.features import (
     mode_shares,
     modes,
 )
-from toy_modular.nulls import effective_width, selection_null, transfer
+from toy_modular.nulls import effective_width, state_nulls, transfer
 from toy_modular.theory_rows import BandTables, Row, row
 
 TOP = 3
@@ -162,15 +162,17 @@ def overlap_rows(band: BandTables) -> list[Row]:
     """
     if band.leading is None:
         return []
-    rows = []
+    rows, chances = [], {0: np.array([np.nan])}
     for label, table in labelled(band):
         values, vectors = np.linalg.eigh(between(table))
         rank = int(np.count_nonzero(values > 1e-6 * max(values[-1], 0.0)))
         k = min(band.leading.shape[1], rank)
-        overlap, chance = np.nan, np.array([np.nan])
+        overlap = np.nan
         if k:
             overlap = subspace_overlap(vectors[:, ::-1][:, :k], band.leading[:, :k])
-            chance = random_overlaps(band, k)
+        if k not in chances:
+            chances[k] = random_overlaps(band, k)
+        chance = chances[k]
         claim = "Sb's leading directions are training's, beyond random groups"
         margin = float(np.quantile(chance, 0.95) - chance.mean())
         rows.append(row(2, band.where, label, claim, overlap, ">>", chance.mean(), margin))
@@ -259,8 +261,9 @@ def null_rows(band: BandTables) -> list[Row]:
     width = effective_width(band.covariance)
     if not np.isfinite(width):
         return rows
+    own, other = state_nulls(c, width, band.law)
     for code, (label, table) in product(("current", "next"), labelled(band)):
-        null = selection_null(c, width, None if code == label else band.law)
+        null = own if code == label else other
         claim = f"H_peak above an unstructured code of the {code} state"
         margin = null.upper - null.mean
         rows.append(row(3, band.where, label, claim, h_peak(table).share, ">>", null.mean, margin))

@@ -1,11 +1,10 @@
 """The table of a study: every chosen run a row, the best batch of each family marked."""
 
-import csv
-import io
 from pathlib import Path
 
 from experiments.efficiency import crossing_tokens, excess_tokens, first_below_tokens
 from experiments.study_records import NoRuns, Run, Study, read_study
+from lens_jax.plain_rows import csv_text
 from lens_jax.saved_run import short_count
 from models.atomic_files import write_bytes_atomic
 
@@ -56,11 +55,7 @@ def _missing(value) -> bool:
 
 def write_table(path: Path) -> Path:
     """Writes table.csv of a study's folder and returns its path."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rows_of(path))
-    write_bytes_atomic(path / "table.csv", text.getvalue().encode())
+    write_bytes_atomic(path / "table.csv", csv_text(_rows_of(path), COLUMNS).encode())
     return path / "table.csv"
 
 
