@@ -157,7 +157,7 @@ class Job:
 
     def close(self) -> None:
         """The section has ended."""
-        self.found["seconds"] = round(time.monotonic() - self._began, 3)
+        self.found["seconds"] = time.monotonic() - self._began
 
 
 def plain(value: Any) -> Any:
