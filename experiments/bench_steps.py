@@ -12,7 +12,7 @@ from experiments.bench_documents import random_documents
 from experiments.bench_timing import paired_ratio, spread, time_in_turns
 from experiments.config import PROBES, RunConfig
 from experiments.data import HeldOut
-from experiments.devices import place_rows, replicated
+from experiments.devices import place_rows
 from experiments.probe_set import probe_at, with_window
 from experiments.schedule import make_schedule
 from experiments.setup import make_run
@@ -76,7 +76,7 @@ class Bench:
         rows = self._tokens(config.rows_per_step, config.row)
         rows = rows.reshape(config.accumulate, -1, config.row + 1)
         self.batches = with_window({"tokens": place_rows(mesh, rows, axis=1)}, mesh, self.window)
-        self.state = jax.jit(self._noisy_state, out_shardings=replicated(mesh))()
+        self.state = jax.jit(self._noisy_state, out_shardings=self.plain_run.sharding)()
         self._programs: dict[tuple, Program] = {}
 
     def _tokens(self, rows: int, window: int) -> np.ndarray:

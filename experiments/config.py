@@ -186,6 +186,10 @@ class RunConfig:
     remat: bool = chz.field(
         default=False, doc="compute blocks again in the backward pass instead of keeping them"
     )
+    fsdp: bool = chz.field(
+        default=False,
+        doc="cut weights and optimizer state among the devices instead of copying them to each",
+    )
     out: str = chz.field(default="auto", doc="run folder; auto: runs/<name of the configuration>")
     resume: Literal["auto", "never", "must"] = chz.field(
         default="auto", doc="continue from the newest checkpoint in the run folder"

@@ -1,11 +1,12 @@
 """Which devices a run uses, how arrays lie on them, and how fast they could be.
 
 The one place where a mesh is made: a single axis `data`, of type Auto, over which rows of a batch
-are split while parameters are replicated.
+are split; weights and optimizer state are copied to every device, or cut among them too.
 """
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from models.command_line import UsageError
 
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 PAPER_BYTES = 40e9
+LEAST_CUT = 2**12  # elements of an array that is worth cutting among devices
 
 # Dense bf16 matrix peak in FLOP/s by device kind, from the vendors' datasheets, where NVIDIA states
 # twice as much, with sparsity: 1,513 for the PCIe card, 1,671 for both NVL and 1,979 for SXM. The
@@ -92,10 +94,11 @@ def split_cpu() -> None:
         jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
 
 
-def make_mesh(micro_rows: int):
+def make_mesh(micro_rows: int, most: int | None = None):
     """A mesh over as many devices as divide the rows of a micro-batch (at least one).
 
-    Several processes bring equally many. Raises UsageError for rows that they cannot share.
+    most: where fewer are wanted than there are. Several processes bring equally many. Raises
+    UsageError for rows that they cannot share.
     """
     import jax
 
@@ -106,7 +109,8 @@ def make_mesh(micro_rows: int):
             f"accumulate=, or give a batch= that they divide"
         )
     rows = micro_rows // processes
-    count = max(n for n in range(1, jax.local_device_count() + 1) if rows % n == 0)
+    there = min(most or jax.local_device_count(), jax.local_device_count())
+    count = max(n for n in range(1, there + 1) if rows % n == 0)
     devices = [
         device for i in range(processes) for device in jax.local_devices(process_index=i)[:count]
     ]
@@ -116,10 +120,29 @@ def make_mesh(micro_rows: int):
 
 
 def replicated(mesh):
-    """The sharding of parameters and optimizer state: a whole copy on every device."""
+    """The sharding of what is small: a whole copy on every device."""
     import jax
 
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def state_sharding(mesh, shapes: Any, *, cut: bool):
+    """How every array of a training state lies, in a tree like `shapes` (arrays or shapes).
+
+    Whole on every device, or with cut (FSDP) each device has its part of the longest axis that the
+    devices divide; small arrays, and those without such an axis, stay whole. Parameters and their
+    moments have one shape, so they lie alike.
+    """
+    import jax
+
+    def spec(shape: tuple[int, ...]):
+        axes = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
+        if not (cut and axes and math.prod(shape) >= LEAST_CUT):
+            return jax.sharding.PartitionSpec()
+        longest = max(axes, key=lambda axis: shape[axis])
+        return jax.sharding.PartitionSpec(*[None] * longest, "data")
+
+    return jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, spec(leaf.shape)), shapes)
 
 
 def split_leading(mesh):
@@ -131,17 +154,24 @@ def split_leading(mesh):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 
+def rows_sharding(mesh, shape: tuple[int, ...], axis: int):
+    """The sharding of rows: cut along `axis` where the devices divide it, else whole."""
+    import jax
+
+    spec = [None] * len(shape)
+    if shape[axis] % mesh.size == 0:
+        spec[axis] = "data"
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
 def place_rows(mesh, tokens: Any, *, axis: int):
-    """A host array on the mesh, split along `axis` where the devices divide it, else copied.
+    """A host array on the mesh, as `rows_sharding` says.
 
     Of several processes each has the whole array and places its part.
     """
     import jax
 
-    spec = [None] * tokens.ndim
-    if tokens.shape[axis] % mesh.size == 0:
-        spec[axis] = "data"
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    sharding = rows_sharding(mesh, tokens.shape, axis)
     if sharding.is_fully_addressable:
         return jax.device_put(tokens, sharding)
     return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])

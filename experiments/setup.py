@@ -10,12 +10,12 @@ import numpy as np
 
 from experiments.config import RunConfig
 from experiments.data import HeldOut, TokenFiles, held_out
-from experiments.devices import make_mesh, place_rows, replicated, split_leading
+from experiments.devices import make_mesh, place_rows, replicated, split_leading, state_sharding
 from experiments.loss import make_loss
 from experiments.precision import full_precision
 from experiments.probe_set import place_probe_set, record_facts, run_lens, with_window
 from experiments.schedule import Schedule
-from lens_jax.lens import ProbeBatch
+from lens_jax.lens import Lens, ProbeBatch
 from lens_jax.step import TrainState, init_state, make_train_step
 from models.attention import choose
 from models.command_line import UsageError
@@ -23,12 +23,27 @@ from models.gpt import GPT, init_params
 from optim.groups import make_optimizer
 
 
+class Functions(NamedTuple):
+    """What a configuration computes on a mesh, before there are any data.
+
+    step: as `lens_jax.step.make_train_step` returns it. fresh_state() -> TrainState, whose arrays
+    lie as `sharding`, a tree like it, says.
+    """
+
+    model: GPT
+    loss_fn: Callable
+    lens: Lens
+    step: Callable
+    fresh_state: Callable[[], TrainState]
+    sharding: TrainState
+
+
 class Run(NamedTuple):
     """The compiled side of a run.
 
-    step: as `lens_jax.step.make_train_step` returns it. evaluate(params, window) -> mean validation
+    step, fresh_state, sharding: as in `Functions`. evaluate(params, window) -> mean validation
     loss at an attention window in tokens (None: the rung has none).
-    fresh_state() -> TrainState on the mesh. probe_batch: the fixed probe set on the mesh, or None.
+    probe_batch: the fixed probe set on the mesh, or None.
     facts: what every spectrum record says of this run. num_params: of the model.
     """
 
@@ -36,6 +51,7 @@ class Run(NamedTuple):
     step: Callable
     evaluate: Callable
     fresh_state: Callable[[], TrainState]
+    sharding: TrainState
     probe_batch: ProbeBatch | None
     facts: dict[str, Any]
     num_params: int
@@ -92,31 +108,57 @@ def make_run(
     """Builds everything that a training loop calls; nothing is compiled before its first call."""
     micro_rows = config.rows_per_step // config.accumulate
     mesh = make_mesh(micro_rows)
+    made = make_functions(config, schedule, mesh)
+    lens, dtype = made.lens, made.model.dtype
+    fixed = bool(lens.probes or lens.sweeps) and config.probes.data == "fixed"
+    params = jax.eval_shape(made.fresh_state).params
+    return Run(
+        mesh=mesh,
+        step=made.step,
+        evaluate=_make_evaluate(made.loss_fn, held.val, micro_rows, mesh, dtype),
+        fresh_state=made.fresh_state,
+        sharding=made.sharding,
+        probe_batch=place_probe_set(config, held.probe, mesh) if fixed else None,
+        facts=record_facts(config, held.probe, lens, dtype) | {"unigram_entropy": unigram_entropy},
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+    )
+
+
+def make_functions(config: RunConfig, schedule: Schedule, mesh) -> Functions:
+    """Model, loss, optimizer and lens of a configuration as functions of a mesh; runs nothing.
+
+    Raises UsageError for attention that cannot run here.
+    """
     model = make_model(config, mesh)
-    loss_fn = make_loss(model)
-    shapes = jax.eval_shape(lambda: init_params(model, config.seed))
-    tx = make_optimizer(config.optim, schedule.horizon, shapes, split=split_leading(mesh))
-    lens = run_lens(config)
+    loss_fn, lens = make_loss(model), run_lens(config)
+    split = split_leading(mesh)
+    tx = make_optimizer(
+        config.optim,
+        schedule.horizon,
+        jax.eval_shape(lambda: init_params(model, config.seed)),
+        split=split,
+        joined=None if split is None or config.fsdp else replicated(mesh),
+    )
+
+    def fresh_state():
+        return init_state(init_params(model, config.seed), tx)
+
+    sharding = state_sharding(mesh, jax.eval_shape(fresh_state), cut=config.fsdp)
     step = make_train_step(
         loss_fn,
         tx,
         lens,
         probe_data=config.probes.data,
         eigen=config.probes.eigen,
-        out_sharding=replicated(mesh),
+        out_shardings=(sharding, replicated(mesh), replicated(mesh)),
     )
-    fixed = bool(lens.probes or lens.sweeps) and config.probes.data == "fixed"
-    return Run(
-        mesh=mesh,
+    return Functions(
+        model=model,
+        loss_fn=loss_fn,
+        lens=lens,
         step=full_precision(step, model.dtype),
-        evaluate=_make_evaluate(loss_fn, held.val, micro_rows, mesh, model.dtype),
-        fresh_state=jax.jit(
-            lambda: init_state(init_params(model, config.seed), tx), out_shardings=replicated(mesh)
-        ),
-        probe_batch=place_probe_set(config, held.probe, mesh) if fixed else None,
-        facts=record_facts(config, held.probe, lens, model.dtype)
-        | {"unigram_entropy": unigram_entropy},
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        fresh_state=jax.jit(fresh_state, out_shardings=sharding),
+        sharding=sharding,
     )
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
-from experiments.devices import replicated
 from experiments.processes import share
 from experiments.progress import Display
 from experiments.schedule import Schedule
@@ -61,6 +60,7 @@ def circumstances(config: RunConfig, run: Run, data: str) -> dict[str, Any]:
         "dtype": dtype.name,
         "attention": choose(config.attention, config.arch.masked, dtype, config.size.head_dim),
         "remat": config.remat,
+        "fsdp": config.fsdp,
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
 
@@ -90,10 +90,10 @@ def initial_state(
         )
     for line in _changes(meta, here):
         print(f"note: {line}: losses agree to rounding, not bit by bit")
-    shapes = jax.eval_shape(run.fresh_state)
-    sharding = replicated(run.mesh)
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(run.fresh_state),
+        run.sharding,
     )
     return checkpoints.restore(latest, abstract), latest
 
@@ -103,7 +103,7 @@ def _changes(meta: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     lines = []
     if meta["num_devices"] != here["num_devices"]:
         lines.append(f"saved on {meta['num_devices']} devices, resumed on {here['num_devices']}")
-    keys = ("platform", "attention", "remat")
+    keys = ("platform", "attention", "remat", "fsdp")
     pairs = {f"{key}={meta[key]}": f"{key}={here[key]}" for key in keys if key in meta}
     pairs |= {
         f"{name} {before}": f"{name} {here['versions'][name]}"

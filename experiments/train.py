@@ -24,7 +24,7 @@ from experiments.resolve import (
 from models.command_line import flatten, run_command
 
 # where results go, how far a run goes this time, and how the same numbers are computed
-FREE_ON_RESUME = ("out", "resume", "attention", "remat", "pause_tokens")
+FREE_ON_RESUME = ("out", "resume", "attention", "remat", "fsdp", "pause_tokens")
 
 
 def main(argv: list[str]) -> int:

@@ -40,7 +40,7 @@ def make_train_step(
     *,
     probe_data: Literal["fixed", "batch"] = "fixed",
     eigen: Literal["host", "graph"] = "host",
-    out_sharding=None,
+    out_shardings=None,
 ) -> Callable:
     """A jitted `step(state, batches, probe_batch, *, measure) -> (state, metrics, measured)`.
 
@@ -51,13 +51,14 @@ def make_train_step(
     metrics: loss, the global norms grad_norm, update_norm and param_norm (before the update), and
     finite; a step of which any of these is not finite leaves parameters and optimizer state as
     they were. A step that measures a fixed probe set has probe_loss too, the mean over its samples.
+    out_shardings: as jax.jit takes them, for that triple.
     """
     if probe_data == "batch":
         _check_one_sweep(lens)
     blind = Lens()
 
     @partial(
-        jax.jit, static_argnames="measure", donate_argnames="state", out_shardings=out_sharding
+        jax.jit, static_argnames="measure", donate_argnames="state", out_shardings=out_shardings
     )
     def step(state: TrainState, batches, probe_batch, *, measure: bool):
         if probe_batch is not None:

@@ -7,7 +7,18 @@ sums the gradient of a shared matrix as often as a loop adds to it.
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def whole(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The array with all of it on every device, where it is about to be used.
+
+    Weights that lie cut among devices are gathered here, and not their products pieced together,
+    which XLA might hold to be cheaper; for weights that lie whole nothing changes.
+    """
+    if mesh is None or mesh.size == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def splits(mesh: Mesh | None, rows: int) -> bool:

@@ -58,13 +58,14 @@ def make_optimizer(
     params,
     *,
     split: jax.sharding.NamedSharding | None = None,
+    joined: jax.sharding.NamedSharding | None = None,
 ) -> optax.GradientTransformation:
     """Build clip -> {embed, head, matrix, scalar}, each group with its rule and its learning rate.
 
     `params` gives paths and shapes only, so a tree of ShapeDtypeStruct will do; a group may be
-    empty. split: see `optim.muon.scale_by_muon`. Adam is torch's: epsilon outside the root of the
-    bias-corrected second moment, decoupled decay p <- p (1 - lr wd) at the rate of the same step,
-    and no decay on Muon's matrices. The clip is over all parameters at once, before any rule;
+    empty. split, joined: see `optim.muon.scale_by_muon`. Adam is torch's: epsilon outside the root
+    of the bias-corrected second moment, decoupled decay p <- p (1 - lr wd) at the rate of the same
+    step, and no decay on Muon's matrices. The clip is over all parameters at once, before any rule;
     unlike torch's it adds no 1e-6 to the norm. Raises ValueError for a parameter of no group.
     Source: ladder spec 5.1 to 5.3; AdamW is arXiv 1711.05101.
     """
@@ -72,7 +73,7 @@ def make_optimizer(
     # all rates would, and runs that differ in it alone share a compiled program.
     rules = {
         group: optax.chain(
-            _direction(config, horizon, group, split),
+            _direction(config, horizon, group, split, joined),
             optax.scale_by_learning_rate(_rate(config, horizon, group)),
         )
         for group in GROUPS
@@ -126,7 +127,7 @@ def _rate(config: OptimConfig, horizon: Horizon, group: str) -> Callable:
 
 
 def _direction(
-    config: OptimConfig, horizon: Horizon, group: str, split
+    config: OptimConfig, horizon: Horizon, group: str, split, joined
 ) -> optax.GradientTransformation:
     if group == "matrix" and config.matrices == "muon":
         return scale_by_muon(
@@ -134,6 +135,7 @@ def _direction(
             ns_steps=config.ns_steps,
             ns_dtype=config.ns_dtype,
             split=split,
+            joined=joined,
         )
     b1, b2 = getattr(config, f"{group}_betas")
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=config.eps)

@@ -66,11 +66,14 @@ def scale_by_muon(
     ns_steps: int = 5,
     ns_dtype: str = "bfloat16",
     split: jax.sharding.NamedSharding | None = None,
+    joined: jax.sharding.NamedSharding | None = None,
 ) -> optax.GradientTransformation:
     """Replace gradients of (in, out) kernels by sqrt(max(1, out / in)) NS(g + mu buf), in float32.
 
     split: how a stack of matrices lies on several devices, its leading axis cut among them, so that
-    each orthogonalises its share and not all of them; None where all is on one device.
+    each orthogonalises its share and not all of them; None where all is on one device. joined: how
+    it lies before and after, whole on every device where parameters do; None leaves that to XLA,
+    which sees where parts of parameters are, but moves whole ones matrix by matrix.
 
     `momentum` is a number or a function of the 0-based step. The result points along the gradient:
     sign and learning rate belong to a later link of the chain. Every parameter must be a matrix;
@@ -89,13 +92,13 @@ def scale_by_muon(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         buffer = jax.tree.map(lambda g, b: mu * b + g, grads, state.buffer)
         nesterov = jax.tree.map(lambda g, b: g + mu * b, grads, buffer)
-        directions = _orthogonalise_tree(nesterov, ns_steps, ns_dtype, split)
+        directions = _orthogonalise_tree(nesterov, ns_steps, ns_dtype, split, joined)
         return directions, MuonState(optax.safe_increment(state.count), buffer)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalise_tree(tree, steps, dtype, split):
+def _orthogonalise_tree(tree, steps, dtype, split, joined):
     """Run one batched Newton-Schulz per distinct shape: few large products, not many small ones."""
     leaves, treedef = jax.tree.flatten(tree)
     indices_of = defaultdict(list)
@@ -105,19 +108,23 @@ def _orthogonalise_tree(tree, steps, dtype, split):
         indices_of[leaf.shape].append(index)
     for (fan_in, fan_out), indices in indices_of.items():
         stack = jnp.stack([leaves[index] for index in indices])  # (K, in, out)
-        stack = _newton_schulz_split(stack, steps, dtype, split)
+        stack = _newton_schulz_split(stack, steps, dtype, split, joined)
         stack = math.sqrt(max(1.0, fan_out / fan_in)) * stack
         for index, direction in zip(indices, jnp.unstack(stack), strict=True):
             leaves[index] = direction
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _newton_schulz_split(stack, steps, dtype, split):
+def _newton_schulz_split(stack, steps, dtype, split, joined):
     """Newton-Schulz of a stack (K, in, out), each device working on its share of the K."""
     if split is None:
         return newton_schulz(stack, steps, dtype)
     count, devices = stack.shape[0], split.mesh.size
+
+    def place(stack):
+        return stack if joined is None else jax.lax.with_sharding_constraint(stack, joined)
+
     # equal shares: zero matrices stay zero
-    padded = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-    padded = jax.lax.with_sharding_constraint(padded, split)
-    return newton_schulz(padded, steps, dtype)[:count]
+    padded = place(jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0))))
+    directions = newton_schulz(jax.lax.with_sharding_constraint(padded, split), steps, dtype)
+    return place(directions)[:count]

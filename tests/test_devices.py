@@ -19,18 +19,29 @@ ONE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Twenty steps on one device and on eight."""
+    """Twenty steps on one device, on eight, and on eight among which the state is cut at times."""
     folder = tmp_path_factory.mktemp("devices")
     words = make_words(make_data(folder), 20, optim__ns_dtype="float32")
     for name, count, env in (("one", 1, ONE), ("eight", 8, EIGHT)):
         code, out, err = train([*words, f"out={folder / name}"], folder / "cache", **env)
         assert (code, err) == (0, "")
         assert f"parameters on {count} x cpu" in out
-    return folder / "one", folder / "eight"
+    for word in ("fsdp=true pause_tokens=1e3", "fsdp=false pause_tokens=3e3", "fsdp=true"):
+        ours = [*words, *word.split(), f"out={folder / 'cut'}"]
+        code, out, err = train(ours, folder / "cache", **EIGHT)
+        assert (code, err) == (0, "")
+    assert "saved with fsdp=False, resumed with fsdp=True: losses agree to rounding" in out
+    return folder / "one", folder / "eight", folder / "cut"
 
 
-def test_losses_of_one_and_eight_devices_agree(runs):
-    one, eight = (numbers(run) for run in runs)
+@pytest.fixture(params=[1, 2], ids=["copied", "cut"])
+def pair(runs, request):
+    """The run on one device, and one on eight."""
+    return runs[0], runs[request.param]
+
+
+def test_losses_of_one_and_eight_devices_agree(pair):
+    one, eight = (numbers(run) for run in pair)
     assert [(row["kind"], row["step"]) for row in one] == [
         (row["kind"], row["step"]) for row in eight
     ]
@@ -40,11 +51,11 @@ def test_losses_of_one_and_eight_devices_agree(runs):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5, err_msg=key)
 
 
-def test_spectra_of_one_and_eight_devices_agree(runs):
-    names = [sorted(path.name for path in (run / "spectra").iterdir()) for run in runs]
+def test_spectra_of_one_and_eight_devices_agree(pair):
+    names = [sorted(path.name for path in (run / "spectra").iterdir()) for run in pair]
     assert names[0] == names[1]
     for name in names[0]:
-        (meta, one), (other_meta, eight) = (read_step(run / "spectra" / name) for run in runs)
+        (meta, one), (other_meta, eight) = (read_step(run / "spectra" / name) for run in pair)
         assert meta["probe_hash"] == other_meta["probe_hash"]
         for key, wanted in one.items():
             if key.startswith("grad_singular_values_centred/"):
@@ -139,6 +150,23 @@ def test_a_mesh_takes_as_many_devices_as_divide_the_rows():
         **EIGHT,
     )
     assert lines == ["1 6 7 8 6 8 2", "2 2 3 False", "2 1 3 False", "2 6 3 True", "5 3"]
+
+
+STATE = """
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from experiments.devices import make_mesh, state_sharding
+mesh = make_mesh(8)
+for shape in ((64, 128), (128, 64), (96, 96), (804, 128), (8, 24, 100), (71, 73), (8, 16), ()):
+    whole, cut = (state_sharding(mesh, jnp.zeros(shape), cut=cut) for cut in (False, True))
+    assert whole.spec == PartitionSpec()
+    print(*cut.shard_shape(shape))
+"""
+
+
+def test_a_state_is_cut_along_its_longest_axis_that_devices_divide():
+    lines = python(STATE, **EIGHT)
+    assert lines == ["64 16", "16 64", "12 96", "804 16", "8 3 100", "71 73", "8 16", ""]
 
 
 def test_a_cpu_is_split_in_two_unless_the_user_has_chosen():

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,15 @@ from tiny_models import quick_compiler
 from experiments.bench_steps import compile_program
 from experiments.memory import (
     KEEP_BARRIERS,
-    Array,
     MemoryConfig,
-    arrays_made,
-    arrays_named,
     arrays_of_logits,
     arrays_of_pairs,
-    largest,
     main,
     measure,
     parse_memory,
     verdict,
 )
+from experiments.program_text import Array, arrays_named
 from models.command_line import UsageError, leaves
 from models.gpt import token_loss
 
@@ -53,25 +51,6 @@ def tiny_words(**changed) -> list[str]:
 
 def tiny_config(**changed):
     return parse_memory(tiny_words(**changed))[1]
-
-
-PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
-
-%fused_computation (param_0: f32[8,4]) -> bf16[8,4] {
-  %param_0 = f32[8,4]{1,0} parameter(0)
-  %wide.1 = f32[8,8]{1,0} broadcast(%param_0), dimensions={0,1}
-  ROOT %convert.1 = bf16[8,4]{1,0} convert(%param_0)
-}
-
-ENTRY %main.2 (x: f32[8,4]) -> (f32[8,4], /*index=1*/s8[3]) {
-  %x = f32[8,4]{1,0} parameter(0), metadata={op_name="state.opt_state[1].mu[\\'wte\\']"}
-  %fusion.1 = bf16[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused_computation
-  %again = bf16[8,4]{1,0} copy(%fusion.1)
-  %call = (f32[8,4]{1,0}, s8[3]{0}) custom-call(%again), custom_call_target="gemm"
-  %part = f32[8,4]{1,0} get-tuple-element(%call), index=0
-  ROOT %out = (f32[8,4]{1,0}, /*index=1*/s8[3]{0}) tuple(%part, %x)
-}
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,29 +181,6 @@ def test_a_row_that_divides_no_validation_is_taken():
     assert config.size.n_layer == 48
 
 
-def test_bytes_of_an_array():
-    found = {
-        Array("f32", (8, 4)): 128,
-        Array("bf16", (8, 4)): 64,
-        Array("pred", (8, 4)): 32,
-        Array("s4", (8, 4)): 16,
-        Array("f8e4m3fn", (8, 4)): 32,
-        Array("c64", (8, 4)): 256,
-    }
-    assert {array: array.bytes for array in found} == found
-    assert str(Array("f8e4m3fn", (8, 4))) == "f8e4m3fn[8,4]"
-
-
-def test_arrays_inside_a_fusion_are_named_but_not_made():
-    assert Array("f32", (8, 8)) in arrays_named(PROGRAM)
-    assert arrays_made(PROGRAM) == {
-        Array("bf16", (8, 4)): 2,
-        Array("f32", (8, 4)): 1,
-        Array("s8", (3,)): 1,
-    }
-    assert largest(arrays_made(PROGRAM))[0] == (Array("f32", (8, 4)), 1)
-
-
 @pytest.mark.parametrize(
     ("shape", "guilty"),
     [
@@ -267,10 +223,12 @@ def test_logits_are_a_float32_word_by_position(array, guilty):
 @pytest.mark.parametrize(
     ("word", "complaint"),
     [
-        ("batch=8", "batch=8: a micro-batch is one long row here; leave it out, or set accumulate"),
+        ("batch=8", "batch=8: a micro-batch is one long row a device here; leave it out, or set"),
         ("remat=maybe", "remat=maybe: give true or false"),
         ("outs=a", "unknown key outs=a; did you mean out?"),
         ("out=/nowhere/at/all.json", "out=/nowhere/at/all.json: its folder does not exist"),
+        ("devices=0", "devices=0: give at least 1"),
+        ("accumulate=two", "accumulate=two: give a whole number"),
         ("size.long_row=1000", "size.long_row=1000 is not a multiple of"),
     ],
 )
@@ -284,6 +242,38 @@ def test_mistakes_are_answered_in_one_line(word, complaint):
 def test_attention_that_cannot_run_here_is_a_mistake():
     with pytest.raises(UsageError, match="attention=pallas needs a GPU"):
         measure(tiny_config(attention="pallas"))
+
+
+def test_more_devices_than_there_are_is_a_mistake():
+    there = jax.device_count()
+    _, config = parse_memory(tiny_words(devices=there + 1))
+    with pytest.raises(UsageError, match=f"devices={there + 1}: there are {there} here; give at"):
+        measure(config, devices=there + 1)
+
+
+def test_several_devices_share_a_state_that_is_cut(tmp_path):
+    found = {}
+    for fsdp in ("false", "true"):
+        out = tmp_path / f"{fsdp}.json"
+        words = tiny_words(devices=4, fsdp=fsdp, out=out, size__n_embd=64, size__vocab_size=256)
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.memory", *words],
+            cwd=ROOT,
+            env={key: os.environ[key] for key in os.environ if "DEVICE" not in key},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found[fsdp] = json.loads(out.read_text())
+        assert "\nof one of 4 devices; weights and optimizer state are c" in done.stdout
+        for kind, talk in found[fsdp]["talk"].items():
+            assert f"\n{kind:22s}{talk['count']:6d} " in done.stdout
+    copied, cut = found["false"], found["true"]
+    assert (copied["rows"], copied["devices"]) == (4, 4)
+    assert set(copied["talk"]) == {"all-reduce", "all-gather"}
+    weights = 4 * copied["parameters"]
+    assert copied["memory"]["argument_bytes"] > 2 * weights
+    assert cut["memory"]["argument_bytes"] < 0.3 * copied["memory"]["argument_bytes"]
 
 
 def test_help_needs_no_jax():

@@ -1,4 +1,4 @@
-"""The head and the attention kernel on four devices: the numbers of one, and who talks to whom."""
+"""Head, attention kernel and Muon on four devices: the numbers of one, and who talks to whom."""
 
 import os
 import subprocess
@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.devices import replicated, split_leading, state_sharding
+from experiments.program_text import talk_between_devices
 from models.flash import flash_attention
 from models.head import head_loss
 from models.sharded import on_own_rows
+from optim.muon import scale_by_muon
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -35,17 +38,13 @@ def compare(function, mesh_function, shared, *arrays):
     return compiled.as_text()
 
 
-def talk(text, kind):
-    return len(re.findall(rf"= \\S+ {kind}(?:-start)?\\(|= \\(.*\\) {kind}(?:-start)?\\(", text))
-
-
 x = rng.normal(size=(8, 20, 6)).astype(np.float32)
 kernel = rng.normal(size=(6, 11)).astype(np.float32)
 targets = rng.integers(0, 11, (8, 20))
 for rule in ({"dtype": jnp.float32}, {"dtype": jnp.bfloat16, "float8": True}):
     loss = partial(head_loss, targets=targets, softcap=15.0, chunk=5, **rule)
     text = compare(loss, partial(loss, mesh=mesh), [kernel], x)
-    assert talk(text, "all-gather") == 0
+    assert list(talk_between_devices(text)) == ["all-reduce"]
     loops = [part for part in re.split(r"\\n\\n", text) if "all-reduce" in part]
     assert len(loops) == 1 and "ENTRY" in loops[0], "sums over devices belong outside the loop"
 
@@ -57,13 +56,33 @@ text = compare(
     lambda q, k, v: jnp.sum(on_own_rows(attend, mesh, q, k, v, jnp.asarray(first)) ** 2),
     [], q, k, v,
 )
-assert talk(text, "all-gather") == 0
+assert list(talk_between_devices(text)) == ["all-reduce"]
 # rows that cannot be dealt out evenly are computed as on one device
 three = jax.jit(partial(head_loss, softcap=None, dtype=jnp.float32, mesh=mesh))
 np.testing.assert_allclose(
     three(x[:3], kernel, targets[:3]),
     head_loss(x[:3], kernel, targets[:3], softcap=None, dtype=jnp.float32), rtol=1e-6,
 )
+
+# Muon: 5 matrices of one shape and 3 of another; small ones are not cut, so these are large
+grads = {i: rng.normal(size=(64, 64) if i < 5 else (64, 128)) for i in range(8)}
+grads = jax.tree.map(lambda leaf: leaf.astype(np.float32), grads)
+
+
+def update(cut, **how):
+    tx, lies = scale_by_muon(0.9, **how), state_sharding(mesh, grads, cut=cut)
+    run = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0], out_shardings=lies)
+    compiled = run.lower(jax.device_put(grads, lies)).compile()
+    return compiled(jax.device_put(grads, lies)), talk_between_devices(compiled.as_text())
+
+
+expected, talk = update(False)
+assert talk == {}
+split = split_leading(mesh)
+for got, talk in (update(False, split=split, joined=replicated(mesh)), update(True, split=split)):
+    for i in grads:
+        np.testing.assert_allclose(got[i], expected[i], rtol=0, atol=2e-2)
+    print(sorted((kind, each.count) for kind, each in talk.items()))
 print("done")
 """
 
@@ -78,4 +97,7 @@ def test_four_devices_compute_what_one_does_and_sum_once():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "done"
+    # once a shape where matrices are whole, there and back where they are cut
+    *talk, last = done.stdout.splitlines()
+    assert talk == ["[('all-gather', 2)]", "[('all-to-all', 4)]"]
+    assert last == "done"

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 from tiny_models import tiny_config
 
-from experiments.devices import make_mesh
+from experiments.devices import make_mesh, replicated
 from experiments.start import circumstances, greet, initial_state
 from models.command_line import UsageError
 
 
 @pytest.fixture
 def run():
+    mesh = make_mesh(1)
     return SimpleNamespace(
-        mesh=make_mesh(1), facts={"dtype": "float32"}, fresh_state=lambda: {"w": np.zeros(3)}
+        mesh=mesh,
+        facts={"dtype": "float32"},
+        fresh_state=lambda: {"w": np.zeros(3)},
+        sharding={"w": replicated(mesh)},
     )
 
 
@@ -62,7 +66,13 @@ def test_another_precision_is_refused_and_another_machine_told(run, capsys):
     with pytest.raises(UsageError) as caught:
         resume(run, here, **there)
     assert "was trained in bfloat16 on gpu, compute_dtype=auto means float32" in str(caught.value)
-    there = here | {"platform": "gpu", "attention": "pallas", "remat": True, "num_devices": 8}
+    there = here | {
+        "platform": "gpu",
+        "attention": "pallas",
+        "remat": True,
+        "fsdp": True,
+        "num_devices": 8,
+    }
     there["versions"] = here["versions"] | {"jax": "0.1"}
     assert resume(run, here, **there) == 7
     told = capsys.readouterr().out
@@ -71,6 +81,7 @@ def test_another_precision_is_refused_and_another_machine_told(run, capsys):
         "saved with platform=gpu, resumed with platform=cpu",
         "saved with attention=pallas, resumed with attention=blocked",
         "saved with remat=True, resumed with remat=False",
+        "saved with fsdp=True, resumed with fsdp=False",
         f"saved with jax 0.1, resumed with jax {jax.__version__}",
     ):
         assert f"note: {change}: losses agree to rounding, not bit by bit\n" in told
