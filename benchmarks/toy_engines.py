@@ -6,9 +6,11 @@
 step     Tokens a second of one member on all cores: dispatches of 10 steps in one
          compiled scan, and the plain way, a Python loop that indexes its batch, calls a jitted
          step and reads the loss, step by step. In turns.
-engines  members= rates at one batch size: one by one, all in one program with a batch axis, and
-         in single-thread processes, one a core. Each to `short` and to `long` steps in fresh
-         folders; the difference counts, without start and compilation, which stand beside it.
+engines  members= rates at one batch size: one by one, all in one program with a batch axis, in
+         single-thread processes, one a core, and by the plain loop, one by one, with a glance at
+         validation as often as the others have it but without files. Each to `short` and to `long`
+         steps in fresh folders; the difference counts, without start and compilation, which stand
+         beside it.
 looking  A measurement (spectra, and features of all bands) and a glance at validation, against a
          dispatch; and the share of the time of a run of `run_steps` steps that both take.
 """
@@ -18,6 +20,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from models.command_line import check_report, flatten, read_command, run_command
 from toy_modular.study_config import Kind, resolve
 
 DISPATCH = 10
-ENGINES = ("sequential", "together", "processes")
+ENGINES = ("sequential", "together", "processes", "loop")
 
 
 @chz.chz
@@ -103,10 +106,11 @@ def time_engines(plan: ToyBenchConfig, members: list) -> dict[str, Any]:
     tokens = (plan.long - plan.short) * sum(config.tokens_per_step for config in configs)
     found = {}
     for engine in ENGINES:
-        first = _train_all(configs, engine, plan.short)
-        # processes start and compile anew every time, the others have compiled now
-        short = first if engine == "processes" else _train_all(configs, engine, plan.short)
-        seconds = _train_all(configs, engine, plan.long) - short
+        train_all = _loop_all if engine == "loop" else partial(_train_all, engine=engine)
+        first = train_all(configs, plan.short)
+        # processes and the loop start and compile anew every time, the others have compiled now
+        short = train_all(configs, plan.short) if engine in ("sequential", "together") else first
+        seconds = train_all(configs, plan.long) - short
         to_start = first - seconds * plan.short / (plan.long - plan.short)
         found[engine] = {
             "seconds": round(seconds, 3),
@@ -119,7 +123,17 @@ def time_engines(plan: ToyBenchConfig, members: list) -> dict[str, Any]:
     return found
 
 
-def _train_all(configs: list, engine: str, steps: int) -> float:
+def _loop_all(configs: list, steps: int) -> float:
+    began = time.perf_counter()
+    for config in configs:
+        script = PlainLoop(config)
+        for _ in range(steps // config.eval_every):
+            script()
+            script.look()
+    return time.perf_counter() - began
+
+
+def _train_all(configs: list, steps: int, engine: str) -> float:
     from toy_modular.search import grouped
     from toy_modular.workers import run_jobs
 
@@ -134,7 +148,7 @@ def _train_all(configs: list, engine: str, steps: int) -> float:
 
 def time_step(plan: ToyBenchConfig, config) -> dict[str, Any]:
     """Tokens a second of a dispatch and of the loop step by step, in turns."""
-    variants = {"scan": scanned(config), "loop": step_by_step(config)}
+    variants = {"scan": scanned(config), "loop": PlainLoop(config)}
     timed = time_in_turns(variants, plan.repeats)
     tokens = config.eval_every * config.tokens_per_step
     found: dict[str, Any] = {
@@ -166,38 +180,52 @@ def scanned(config) -> Callable[[], Any]:
     return dispatch
 
 
-def step_by_step(config) -> Callable[[], Any]:
-    """The same number of steps by a loop in Python, as a training script without scan has them."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
+class PlainLoop:
+    """A training script without scan: calling it makes eval_every steps, one by one in Python."""
 
-    from toy_modular.tasks import TASKS
+    def __init__(self, config):
+        import jax
+        import numpy as np
+        import optax
 
-    problem = TASKS[config.task].make_problem(config)
-    train = TASKS[config.task].load_data(config).train
-    random = np.random.default_rng(0)
-    params = problem.init(jax.random.key(config.seed))
-    opt_state = problem.tx.init(params)
+        from toy_modular.members import mean_scores
+        from toy_modular.tasks import TASKS
 
-    @jax.jit
-    def step(params, opt_state, rows):
-        (loss, _), grads = jax.value_and_grad(problem.loss, has_aux=True)(params, rows)
-        updates, opt_state = problem.tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, optax.tree.scale(config.lr, updates)), opt_state, loss
+        problem, data = (
+            TASKS[config.task].make_problem(config),
+            TASKS[config.task].load_data(config),
+        )
+        self.config, self.train = config, data.train
+        self.val = jax.tree.map(lambda leaf: leaf[None, : config.eval_rows], data.val)
+        self.random = np.random.default_rng(0)
+        self.params = problem.init(jax.random.key(config.seed))
+        self.opt_state = problem.tx.init(self.params)
 
-    def loop():
-        nonlocal params, opt_state
+        @jax.jit
+        def step(params, opt_state, rows):
+            (loss, _), grads = jax.value_and_grad(problem.loss, has_aux=True)(params, rows)
+            updates, opt_state = problem.tx.update(grads, opt_state, params)
+            updates = optax.tree.scale(config.lr, updates)
+            return optax.apply_updates(params, updates), opt_state, loss
+
+        self.step = step
+        self.score = jax.jit(lambda params, rows: mean_scores(problem.score, params, 0, rows))
+
+    def __call__(self) -> float:
+        """The mean loss of the steps, each read where it was made."""
+        import jax.numpy as jnp
+
         total = 0.0
-        for _ in range(config.eval_every):
-            index = random.integers(len(train["tokens"]), size=config.batch)
-            rows = {name: jnp.asarray(leaf[index]) for name, leaf in train.items()}
-            params, opt_state, loss = step(params, opt_state, rows)
+        for _ in range(self.config.eval_every):
+            index = self.random.integers(len(self.train["tokens"]), size=self.config.batch)
+            rows = {name: jnp.asarray(leaf[index]) for name, leaf in self.train.items()}
+            self.params, self.opt_state, loss = self.step(self.params, self.opt_state, rows)
             total += float(loss)
-        return total
+        return total / self.config.eval_every
 
-    return loop
+    def look(self) -> float:
+        """The loss of the validation rows that are looked at after every dispatch."""
+        return float(self.score(self.params, self.val)["loss"])
 
 
 def time_looking(plan: ToyBenchConfig, config) -> dict[str, Any]:
@@ -205,7 +233,7 @@ def time_looking(plan: ToyBenchConfig, config) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from toy_modular.measuring import Instrument, is_due
+    from toy_modular.measuring import Instrument, is_on_grid
     from toy_modular.members import make_program
     from toy_modular.tasks import TASKS
 
@@ -227,7 +255,7 @@ def time_looking(plan: ToyBenchConfig, config) -> dict[str, Any]:
         timed = time_in_turns(variants, plan.repeats)
     seconds = {name: min(one.seconds) for name, one in timed.items()}
     steps = range(0, plan.run_steps + 1, config.eval_every)
-    looks = sum(is_due(step, config.eval_every, config.measure.per_doubling) for step in steps)
+    looks = sum(is_on_grid(step, config.eval_every, config.measure.per_doubling) for step in steps)
     total = {
         "dispatch": seconds["dispatch"] * (len(steps) - 1),
         "glance": seconds["glance"] * len(steps),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from tiny_models import quick_compiler
-from tiny_toy import tiny_member
+from tiny_toy import record_dispatches, tiny_member
 
 from lens_jax.records import read_step
 from models.command_line import UsageError
@@ -62,14 +62,17 @@ def test_a_dispatch_is_the_loop_written_out(whole):
     np.testing.assert_allclose(seen, np.mean(np.reshape(losses, (4, 2)), axis=1), rtol=1e-4)
 
 
-def test_a_run_that_is_stopped_goes_on_bit_by_bit(whole, tmp_path):
+def test_a_run_that_is_stopped_goes_on_bit_by_bit(whole, tmp_path, monkeypatch):
+    dispatched = record_dispatches(monkeypatch)
     folder = tmp_path / "run"
     (result,) = train_members([tiny_member()], [folder], until=4)
     assert result["reason"] == "paused"
     # a kill between the curve and the state leaves rows of a dispatch that did not count
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "val", "step": 6, "tokens": 1, "loss": 0.0}) + "\n")
+    assert dispatched == [2, 4]
     train_members([tiny_member()], [folder])
+    assert dispatched == [2, 4, 6, 8]
     assert curve(folder) == curve(whole)
     for one, other in zip(state(folder), state(whole), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from toy_modular import training
 from toy_modular.run_config import RunConfig
 from toy_modular.study_config import Kind, resolve
 
@@ -41,3 +42,19 @@ def tiny_member(stage: str = "untied", seed: int = 0, lr: float = 1e-3, **words)
     """A member of the tiny study at its batch size of 4."""
     study = tiny_study("none", stages=stage, **words)
     return study.member(Kind(stage, study.config.batches[0]), seed, lr)
+
+
+def record_dispatches(monkeypatch) -> list[int]:
+    """The steps at which dispatches ended, of the first of the members that train in this process.
+
+    Training is deterministic, so a run that began anew looks like one that went on but for these.
+    """
+    steps, advance = [], training._Runs.advance
+
+    def counted(runs, until):
+        if went_on := advance(runs, until):
+            steps.append(runs.steps[0])
+        return went_on
+
+    monkeypatch.setattr(training._Runs, "advance", counted)
+    return steps
