@@ -248,6 +248,7 @@ def test_no_worker_starts_after_the_end(tmp_path):
         ({"target_accuracy": "0.9"}, "target_accuracy=0.9 with task=banded: only task=grok"),
         ({"target_loss": "0"}, "target_loss=0.0: give a positive loss, or none"),
         ({"banded.c_min": "70"}, "c_min=70 is above vocab_size=64"),
+        ({"grok.p": "13"}, "grok.p=13 with task=banded: it is a key of task=grok"),
         ({"measure.rows": "512", "measure.chunk": "8"}, "measure.rows=512 is more than the 256"),
     ],
 )
@@ -265,8 +266,14 @@ def test_bad_input_ends_in_one_line(given, message):
         ({"grok.p": "1"}, "p=1: give at least 2"),
         (
             {"stages": "muon"},
-            "stages=muon with task=grok: stages and batch sizes are of task=banded",
+            "stages=muon with task=grok: it is a key of task=banded; leave it out",
         ),
+        (
+            {"measure.bands": "97:0"},
+            "measure.bands=97:0 with task=grok: it is a key",
+        ),
+        ({"banded.train": "9"}, "banded.train=9 with task=grok: it is a key of task=banded"),
+        ({"rates": "search"}, "rates=search with task=grok: give a number, or leave it out"),
         ({"measure.rows": "3000", "measure.chunk": "8"}, "measure.rows=3000 is more than the 2822"),
     ],
 )

@@ -2,9 +2,10 @@
 
 A row a run, band and table (by current or next state): H_peak with its mode and frequency, the
 three H_S, Gini, effective modes and first principal component; beside them what codes without
-structure have, of either state, and what a probe of the published size would have of such a code;
-and what keeping or dropping the key mode does to the loss of the last position, beside controls
-(`edits`). NumPy.
+structure have, of either state (H_peak with its selection at the width of the band's h, the others
+at the expected shares of many directions), and what H_peak a probe of the published size would have
+of such a code; and what keeping or dropping the key mode does to the loss of the last position,
+beside controls (`edits`). NumPy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from toy_modular.features import (
     pair_masses,
     principal_modes,
 )
-from toy_modular.mode_tables import TABLES, chance_peaks, fixed_modes, scores
+from toy_modular.mode_tables import TABLES, chance_peaks, fixed_modes, null_shares, scores
 from toy_modular.nulls import sampled_null
 from toy_modular.records import LAW, Run, band_numbers
 
@@ -45,7 +46,7 @@ def feature_rows(runs: Sequence[Run], k: int) -> Iterator[dict]:
                     "band": band.replace("_", ":"),
                     "table": table,
                     **_modes(last, table, band, k),
-                    **_nulls(last, table, band),
+                    **_nulls(last, table, band, k),
                     **_edits(last, table, band),
                 }
 
@@ -70,8 +71,17 @@ def _modes(row, table: str, band: str, k: int) -> dict[str, float]:
     }
 
 
-def _nulls(row, table: str, band: str) -> dict[str, float]:
+def _nulls(row, table: str, band: str, k: int) -> dict[str, float]:
     found = {}
+    for code in TABLES:
+        shares = null_shares(row, table, band, code)
+        masses = np.sort(pair_masses(shares))[::-1]
+        found |= {
+            f"null_{code}_h_s_dominant": float(masses[0]),
+            f"null_{code}_h_s_greatest_{k}": float(masses[:k].sum()),
+            f"null_{code}_gini": gini(masses),
+            f"null_{code}_effective_modes": effective_modes(shares),
+        }
     if row.has("covariance", band):
         for code, null in chance_peaks(row, table, band).items():
             found |= {f"null_{code}": null.mean, f"null_{code}_upper": null.upper}

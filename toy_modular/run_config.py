@@ -122,7 +122,7 @@ class RunConfig:
         if self.batch is not None and self.batch > rows:
             raise ValueError(
                 f"batch={self.batch} is larger than the {rows} training sequences; give at most "
-                f"as many, or none for all of them"
+                f"as many"
             )
         if self.measure.per_doubling and self.measure.rows > rows:
             raise ValueError(

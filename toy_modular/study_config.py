@@ -237,8 +237,10 @@ class Study(NamedTuple):
 
 OF_WALKS = (
     *("stages", "batches", "side_stages", "side_batches", "side_seeds"),
-    *("sequences", "eval_sequences"),
+    *("sequences", "eval_sequences", "multipliers", "base_rate", "search_seed"),
+    *("measure.bands", "measure.walks"),
 )
+"""Keys of walks in bands alone, beside those that begin with the name of the task."""
 PRESETS = {
     "grok": {"laptop": GROK, "paper": GROK_PUBLISHED},
     "rff": {"laptop": RFF, "paper": RFF_PUBLISHED},
@@ -270,12 +272,7 @@ def resolve(words: Mapping[str, str]) -> Study:
     of_study = leaves(StudyConfig).keys()
     profile = typed.get("profile", StudyConfig().profile)
     task = typed.get("task", "banded")
-    misplaced = [key for key in OF_WALKS if key in typed]
-    if task != "banded" and misplaced:
-        raise UsageError(
-            f"{misplaced[0]}={words[misplaced[0]]} with task={task}: stages and batch sizes are of "
-            f"task=banded; leave it out"
-        )
+    _refuse_misplaced(task, words, typed)
     profile_values = PROFILES.get(profile, {}) if task == "banded" else {}
     layers = [
         Layer(
@@ -290,6 +287,20 @@ def resolve(words: Mapping[str, str]) -> Study:
     for kind in study.kinds():
         study.member(kind, 0, study.candidates(kind)[0])
     return study
+
+
+def _refuse_misplaced(task: str, words: Mapping[str, str], typed: Mapping[str, Any]) -> None:
+    """Refuses what would change nothing: keys of another task, a search where there is none."""
+    for key in typed:
+        owner, _, rest = key.partition(".")
+        if key in OF_WALKS:
+            owner, rest = "banded", key
+        if rest and owner in ("banded", *PRESETS) and owner != task:
+            raise UsageError(
+                f"{key}={words[key]} with task={task}: it is a key of task={owner}; leave it out"
+            )
+    if task != "banded" and isinstance(typed.get("rates"), str):
+        raise UsageError(f"rates={words['rates']} with task={task}: give a number, or leave it out")
 
 
 def _check_bands(config: RunConfig) -> None:
