@@ -135,8 +135,10 @@ def parse_bench(argv: list[str]) -> tuple[BenchConfig, dict[str, str]]:
 
 
 def resolve_rung(words: dict[str, str], rung: str) -> RunConfig:
-    """The configuration of one rung, with all probes, a vocabulary and a token for documents."""
-    return sized(words | {"rung": rung, "probes.names": ",".join(PROBES)})
+    """The configuration of one rung on these devices, with all probes, sized for its data."""
+    from experiments.devices import settled
+
+    return settled(sized(words | {"rung": rung, "probes.names": ",".join(PROBES)}))
 
 
 def run_bench(plan: BenchConfig, words: dict[str, str], argv: list[str]) -> dict[str, Any]:
@@ -228,7 +230,7 @@ def environment(plan: BenchConfig, config: RunConfig, argv: list[str], load) -> 
     from experiments.devices import make_mesh
     from experiments.setup import compute_dtype
 
-    mesh = make_mesh(config.rows_per_step // config.accumulate)
+    mesh = make_mesh(config.micro_rows)
     return {
         "command": shlex.join(["python", "-m", "experiments.bench", *argv]),
         "device_kind": mesh.devices.flat[0].device_kind,

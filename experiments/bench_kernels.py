@@ -193,7 +193,7 @@ def loss_section(config: RunConfig, repeats: int, note: Callable[[str], None]) -
     the chunked one.
     """
     rows, size, dtype = (
-        config.rows_per_step // config.accumulate,
+        config.micro_rows,
         config.size,
         compute_dtype(config),
     )

@@ -67,7 +67,7 @@ class Bench:
         self.random = np.random.default_rng(config.seed)
         # validation is never run; one micro-batch stands in for its rows
         self.held = HeldOut(
-            val=self._tokens(config.rows_per_step // config.accumulate, config.row),
+            val=self._tokens(config.micro_rows, config.row),
             probe=self._tokens(config.probes.windows, config.probes.window),
             exclude=0,
         )

@@ -151,7 +151,10 @@ class RunConfig:
         default="published", doc="rungs with the published riders, or one change a rung"
     )
     batch: int = chz.field(default=8, doc="long rows per optimizer step (the batch tier)")
-    accumulate: int = chz.field(default=8, doc="micro-batches per optimizer step")
+    accumulate: int | None = chz.field(
+        default=None,
+        doc="micro-batches per optimizer step; none: as many as leave every device one long row",
+    )
     seed: int = chz.field(default=0, doc="initial weights and order of the data")
     max_tokens: int | None = chz.field(
         default=None, doc="training budget; none: the rung's published number of steps"
@@ -188,7 +191,7 @@ class RunConfig:
     )
     fsdp: bool = chz.field(
         default=False,
-        doc="cut weights and optimizer state among the devices instead of copying them to each",
+        doc="cut weights and optimizer state among the devices, which gather what they multiply by",
     )
     out: str = chz.field(default="auto", doc="run folder; auto: runs/<name of the configuration>")
     resume: Literal["auto", "never", "must"] = chz.field(
@@ -214,6 +217,11 @@ class RunConfig:
         return self.tokens_per_step // self.row
 
     @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch, once it is known how many there are (`devices.settled`)."""
+        return self.rows_per_step // self.accumulate
+
+    @property
     def published_steps(self) -> int:
         """Length of the published schedule in steps of this run."""
         return self.run_steps(self.optim.num_steps)
@@ -232,13 +240,13 @@ class RunConfig:
     @chz.validate
     def _ranges(self):
         for name in ("batch", "accumulate", "val_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
         check_path("out", self.out)
         check_depth(self.arch, self.size)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed}: give 0 to {2**31 - 1}")
-        if self.rows_per_step % self.accumulate:
+        if self.accumulate is not None and self.rows_per_step % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide the {self.rows_per_step} rows of "
                 f"a step; give a divisor"

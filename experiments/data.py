@@ -143,7 +143,7 @@ class TrainWindows:
 class SequentialOrder:
     """Window indices in the published order of reading (ladder spec 6), over one epoch.
 
-    Shards are read in contiguous chunks of `chunk_rows` rows, the device micro-batch. A shard is
+    Shards are read in contiguous chunks of `chunk_rows` rows, one long row. A shard is
     left, its tail unread, when position + chunk + 1 >= its length. Row starts ignore documents.
     """
 
@@ -155,7 +155,7 @@ class SequentialOrder:
         if not len(self):
             raise UsageError(
                 f"data.order=sequential: no shard is longer than one micro-batch of {chunk:,} "
-                f"tokens; give longer shards, raise accumulate, or choose data.order=shuffled"
+                f"tokens; give longer shards, or choose data.order=shuffled"
             )
 
     def __len__(self) -> int:

@@ -94,6 +94,26 @@ def split_cpu() -> None:
         jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
 
 
+def micro_batches(batch: int, devices: int, processes: int = 1) -> int:
+    """Micro-batches of a step of `batch` long rows, so that no device has more than one at a time.
+
+    As many devices share them as divide the batch, equally many of every process.
+    """
+    shares = [n for n in range(1, devices + 1) if batch % n == 0 and n % processes == 0]
+    return batch // max(shares, default=1)
+
+
+def settled(config):
+    """The configuration with accumulate= decided by the devices of this run, where it is none."""
+    import chz
+    import jax
+
+    if config.accumulate is not None:
+        return config
+    count = micro_batches(config.batch, jax.device_count(), jax.process_count())
+    return chz.replace(config, accumulate=count)
+
+
 def make_mesh(micro_rows: int, most: int | None = None):
     """A mesh over as many devices as divide the rows of a micro-batch (at least one).
 
@@ -129,7 +149,7 @@ def replicated(mesh):
 def state_sharding(mesh, shapes: Any, *, cut: bool):
     """How every array of a training state lies, in a tree like `shapes` (arrays or shapes).
 
-    Whole on every device, or with cut (FSDP) each device has its part of the longest axis that the
+    Whole on every device, or with cut (FSDP) each device has its part of the last axis that the
     devices divide; small arrays, and those without such an axis, stay whole. Parameters and their
     moments have one shape, so they lie alike.
     """
@@ -139,8 +159,7 @@ def state_sharding(mesh, shapes: Any, *, cut: bool):
         axes = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
         if not (cut and axes and math.prod(shape) >= LEAST_CUT):
             return jax.sharding.PartitionSpec()
-        longest = max(axes, key=lambda axis: shape[axis])
-        return jax.sharding.PartitionSpec(*[None] * longest, "data")
+        return jax.sharding.PartitionSpec(*[None] * axes[-1], "data")
 
     return jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, spec(leaf.shape)), shapes)
 

@@ -26,7 +26,7 @@ from experiments.data import (
     sample_indices,
 )
 from experiments.data_identity import data_change, data_identity, keep_identity
-from experiments.devices import peak_flops, place_rows
+from experiments.devices import peak_flops, place_rows, settled
 from experiments.metrics import MetricsFile
 from experiments.probe_set import probe_at, with_window
 from experiments.processes import is_first, make_poll, share
@@ -54,6 +54,7 @@ from optim.groups import learning_rates
 
 def train(config: RunConfig, files: TokenFiles, folder: RunFolder) -> int:
     """Train until the target, the budget or a signal; returns the command's exit code."""
+    config = settled(config)
     held = hold_out(config, files)
     identity = data_identity(files, held)
     if change := share(data_change(folder.path, identity)):
@@ -135,7 +136,7 @@ class Loop:
             "order": config.data.order,
             "seed": config.seed,
             "rows": config.rows_per_step,
-            "chunk_rows": config.rows_per_step // config.accumulate,
+            "chunk_rows": config.size.long_row // config.row,
         }
         stream = make_train_stream(windows, start=start * config.rows_per_step, **order)
         try:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from models.gpt import GPT, dot, head_kernel, head_path, token_loss
 from models.head import head_loss
+from models.sharded import whole
 
 
 def make_loss(model: GPT) -> Callable:
@@ -26,6 +27,8 @@ def make_loss(model: GPT) -> Callable:
             if float8:
                 raise ValueError(f"{path} is multiplied in float8 and cannot be watched")
             return jnp.mean(token_loss(logits, targets)), taps
+        if model.cut:
+            kernel = whole(kernel, model.mesh, taps["final_norm"])
         loss = head_loss(
             taps["final_norm"],
             kernel,

@@ -105,8 +105,10 @@ def parse_memory(argv: list[str]) -> tuple[MemoryConfig, RunConfig]:
             f"or set accumulate={words['batch']}"
         )
     words = DEFAULTS | words
-    if words["accumulate"].isdecimal():  # anything else is refused with the rest
-        words["batch"] = str(int(words["accumulate"]) * plan.devices)
+    accumulate = words["accumulate"]
+    if not accumulate.isdecimal() or int(accumulate) < 1:
+        raise UsageError(f"accumulate={accumulate}: give a whole number from 1 on")
+    words["batch"] = str(int(accumulate) * plan.devices)
     if "size.long_row" in words:
         # no part of the step, but it must be a multiple of the row
         words = {key: words["size.long_row"] for key in VALIDATION} | words
@@ -132,7 +134,7 @@ def measure(config: RunConfig, measured: bool = False, devices: int = 1) -> dict
     from experiments.setup import compute_dtype
     from models.attention import choose
 
-    mesh = make_mesh(config.rows_per_step // config.accumulate, most=devices)
+    mesh = make_mesh(config.micro_rows, most=devices)
     if mesh.size != devices:
         raise UsageError(
             f"devices={devices}: there are {jax.device_count()} here; give at most that"
@@ -151,7 +153,7 @@ def measure(config: RunConfig, measured: bool = False, devices: int = 1) -> dict
         "compute_dtype": dtype.name,
         **{name: getattr(size, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")},
         "row": config.row,
-        "rows": config.rows_per_step // config.accumulate,
+        "rows": config.micro_rows,
         "accumulate": config.accumulate,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params)),
         "measured": measured,
@@ -193,8 +195,7 @@ def abstract_step(config: RunConfig, mesh):
     functions = make_functions(config, make_schedule(config), mesh)
     state = jax.tree.map(shaped, jax.eval_shape(functions.fresh_state), functions.sharding)
     probes = config.probes
-    micro_rows = config.rows_per_step // config.accumulate
-    batches = batch(config.accumulate, micro_rows, length=config.row)
+    batches = batch(config.accumulate, config.micro_rows, length=config.row)
     samples, more = jax.eval_shape(
         lambda windows: split_windows(windows, probes.gradient_windows, probes.chunk),
         batch(probes.windows, length=probes.window),

@@ -46,7 +46,7 @@ def run_lens(config: RunConfig) -> Lens:
     places = probed_places(config)
     if config.probes.data == "batch":
         windows = samples = config.rows_per_step
-        chunk = windows // config.accumulate
+        chunk = config.micro_rows
     else:
         windows, samples = config.probes.windows, config.probes.gradient_windows
         chunk = config.probes.chunk

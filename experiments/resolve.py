@@ -28,6 +28,8 @@ from models.config import TIERS
 from models.ladder import LADDERS, rung_values
 
 CORPUS_EOT = 0  # as experiments.corpus numbers it
+# where results go, how far a run goes this time, and how the same numbers are computed
+FREE_ON_RESUME = ("out", "resume", "attention", "remat", "fsdp", "pause_tokens")
 ALIASES = {
     "data": "data.source",
     "probes": "probes.names",
@@ -227,7 +229,11 @@ def read_stored(folder: Path) -> RunConfig:
 
 
 def run_name(config: RunConfig) -> str:
-    """A folder name that is the same for the same configuration and tells runs apart."""
-    flat = {k: v for k, v in flatten(config).items() if k not in ("out", "resume", "pause_tokens")}
+    """A folder name that is the same for the same configuration and tells runs apart.
+
+    FREE_ON_RESUME plays no part, so that a run is found again whatever these are.
+    """
+    flat = {k: v for k, v in flatten(config).items() if k not in FREE_ON_RESUME}
+    flat |= {"attention": "auto", "remat": False}  # which the names of earlier records contain
     digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.rung}-{config.tier}-{config.profile}-b{config.batch}-s{config.seed}-{digest}"

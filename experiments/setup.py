@@ -91,7 +91,7 @@ def make_model(config: RunConfig, mesh=None) -> GPT:
         choose(config.attention, config.arch.masked, dtype, config.size.head_dim)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return GPT(config.arch, config.size, dtype, config.attention, config.remat, mesh)
+    return GPT(config.arch, config.size, dtype, config.attention, config.remat, mesh, config.fsdp)
 
 
 def read_yardstick(files: TokenFiles) -> float | None:
@@ -105,9 +105,11 @@ def read_yardstick(files: TokenFiles) -> float | None:
 def make_run(
     config: RunConfig, schedule: Schedule, held: HeldOut, unigram_entropy: float | None = None
 ) -> Run:
-    """Builds everything that a training loop calls; nothing is compiled before its first call."""
-    micro_rows = config.rows_per_step // config.accumulate
-    mesh = make_mesh(micro_rows)
+    """Builds everything that a training loop calls; nothing is compiled before its first call.
+
+    config: as `devices.settled` leaves it.
+    """
+    mesh = make_mesh(config.micro_rows)
     made = make_functions(config, schedule, mesh)
     lens, dtype = made.lens, made.model.dtype
     fixed = bool(lens.probes or lens.sweeps) and config.probes.data == "fixed"
@@ -115,7 +117,7 @@ def make_run(
     return Run(
         mesh=mesh,
         step=made.step,
-        evaluate=_make_evaluate(made.loss_fn, held.val, micro_rows, mesh, dtype),
+        evaluate=_make_evaluate(made.loss_fn, held.val, config.micro_rows, mesh, dtype),
         fresh_state=made.fresh_state,
         sharding=made.sharding,
         probe_batch=place_probe_set(config, held.probe, mesh) if fixed else None,

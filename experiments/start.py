@@ -33,7 +33,7 @@ def greet(display: Display, config: RunConfig, run: Run, schedule: Schedule, sta
         mend = f"lower accumulate={config.accumulate}" if config.accumulate > 1 else "raise batch"
         display.note(
             f"{idle} of {jax.device_count()} devices are idle: a micro-batch has "
-            f"{config.rows_per_step // config.accumulate} rows, which the devices in use must "
+            f"{config.micro_rows} rows, which the devices in use must "
             f"divide; {mend}"
         )
     rows = config.data.val_tokens // config.row
@@ -61,6 +61,7 @@ def circumstances(config: RunConfig, run: Run, data: str) -> dict[str, Any]:
         "attention": choose(config.attention, config.arch.masked, dtype, config.size.head_dim),
         "remat": config.remat,
         "fsdp": config.fsdp,
+        "accumulate": config.accumulate,
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
 
@@ -103,7 +104,7 @@ def _changes(meta: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     lines = []
     if meta["num_devices"] != here["num_devices"]:
         lines.append(f"saved on {meta['num_devices']} devices, resumed on {here['num_devices']}")
-    keys = ("platform", "attention", "remat", "fsdp")
+    keys = ("platform", "attention", "remat", "fsdp", "accumulate")
     pairs = {f"{key}={meta[key]}": f"{key}={here[key]}" for key in keys if key in meta}
     pairs |= {
         f"{name} {before}": f"{name} {here['versions'][name]}"

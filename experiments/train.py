@@ -13,6 +13,7 @@ import chz
 from experiments.host_threads import one_blas_thread
 from experiments.processes import joined, open_together
 from experiments.resolve import (
+    FREE_ON_RESUME,
     describe_layers,
     help_text,
     parse_command,
@@ -22,9 +23,6 @@ from experiments.resolve import (
     sized_by,
 )
 from models.command_line import flatten, run_command
-
-# where results go, how far a run goes this time, and how the same numbers are computed
-FREE_ON_RESUME = ("out", "resume", "attention", "remat", "fsdp", "pause_tokens")
 
 
 def main(argv: list[str]) -> int:

@@ -28,7 +28,7 @@ from models.initializers import Initializers, keep_stream
 from models.layers import Layer, layer_plan, num_value_pieces
 from models.masks import document_ids
 from models.rotary import frequencies, half_frequencies, rotary_tables, rotate
-from models.sharded import whole
+from models.sharded import rows_of_cut_table, whole
 from models.windows import layer_window, widest_window
 
 Linear = Callable[[jnp.ndarray, jnp.ndarray, str], jnp.ndarray]
@@ -226,7 +226,8 @@ class GPT(nn.Module):
 
     attention: an implementation of `models.attention`. remat: keep only the inputs of blocks for
     the backward pass and compute the rest again. mesh: the devices over which rows are split, None
-    for one device or where XLA is left to split everything.
+    for one device or where XLA is left to split everything. fsdp: weights lie cut among the devices
+    of the mesh, along their last axis, and are gathered where they are multiplied by.
     """
 
     arch: ArchConfig
@@ -235,6 +236,7 @@ class GPT(nn.Module):
     attention: Implementation = "auto"
     remat: bool = False
     mesh: Mesh | None = None
+    fsdp: bool = False
 
     @nn.compact
     def __call__(self, tokens, linear: Linear = dot, window=None):  # (B, T) -> (B, T, V), taps
@@ -248,8 +250,8 @@ class GPT(nn.Module):
         check_depth(arch, size)
         init = Initializers(arch, size.n_layer)
         linear = self._on_whole_kernels(linear)
-        wte = whole(Table(size.vocab_size, size.n_embd, init.wte, name="wte")(), self.mesh)
-        x = take_rows(wte, tokens)
+        wte = Table(size.vocab_size, size.n_embd, init.wte, name="wte")()
+        x = self._take_rows(wte, tokens)
         if arch.position == "learned":
             wpe = Table(size.short_row, size.n_embd, init.table, name="wpe")()
             x = x + wpe[None, : tokens.shape[1]]
@@ -269,7 +271,19 @@ class GPT(nn.Module):
 
     def _on_whole_kernels(self, linear: Linear) -> Linear:
         """`linear` with kernels gathered: after their cast, so that half as many bytes travel."""
-        return lambda x, kernel, path: linear(x, whole(kernel, self.mesh), path)
+        if not self.cut:
+            return linear
+        return lambda x, kernel, path: linear(x, whole(kernel, self.mesh, x), path)
+
+    def _take_rows(self, table, tokens):  # (V, D), (B, T) -> (B, T, D)
+        if not self.cut:
+            return take_rows(table, tokens)
+        return rows_of_cut_table(take_rows, table, tokens, self.mesh)
+
+    @property
+    def cut(self) -> bool:
+        """Whether weights lie cut among several devices."""
+        return self.fsdp and self.mesh is not None and self.mesh.size > 1
 
     def _documents(self, tokens):
         if not self.arch.documents:
@@ -292,11 +306,11 @@ class GPT(nn.Module):
         if self.arch.value == "embed_outer":
             names = [f"value_embed_{i}" for i in range(count)]
             tables = [Table(size.vocab_size, size.n_embd, init.table, name=name) for name in names]
-            return tuple(take_rows(whole(table(), self.mesh), tokens) for table in tables)
+            return tuple(self._take_rows(table(), tokens) for table in tables)
         if not count:
             return ()
         table = Table(size.vocab_size, count * size.n_embd, init.table, name="value_embed")()
-        return tuple(jnp.split(take_rows(whole(table, self.mesh), tokens), count, axis=-1))
+        return tuple(jnp.split(self._take_rows(table, tokens), count, axis=-1))
 
     def _rotary_tables(self, length: int):
         arch, head_dim = self.arch, self.size.head_dim

@@ -10,15 +10,36 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def whole(array: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """The array with all of it on every device, where it is about to be used.
+def whole(array: jax.Array, mesh: Mesh, near: jax.Array) -> jax.Array:
+    """A weight that lies cut among devices, with all of it on every device.
 
-    Weights that lie cut among devices are gathered here, and not their products pieced together,
-    which XLA might hold to be cheaper; for weights that lie whole nothing changes.
+    Not before `near` is known, something that the product needs too: a loop over micro-batches or a
+    block that is computed again would else have its weights gathered once for all, and kept.
     """
-    if mesh is None or mesh.size == 1:
-        return array
+    array, _ = jax.lax.optimization_barrier((array, jax.lax.stop_gradient(near)))
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def rows_of_cut_table(take: Callable, table: jax.Array, ids: jax.Array, mesh: Mesh) -> jax.Array:
+    """take(table, ids) (B, T, D) of a table (V, D) whose columns lie cut among devices.
+
+    Every device looks up all ids in its columns, and then rows are exchanged for columns; neither
+    the table nor its gradient is ever whole. Ids that devices cannot share are looked up in all of
+    the table.
+    """
+    if not (splits(mesh, ids.shape[0]) and table.shape[1] % mesh.size == 0):
+        return take(whole(table, mesh, ids), ids)
+    (axis,) = mesh.axis_names
+
+    def exchange(columns, ids):
+        ids = jax.lax.all_gather(ids, axis, tiled=True)  # (B, T)
+        found = take(columns, ids)  # (B, T, D / devices)
+        return jax.lax.all_to_all(found, axis, split_axis=0, concat_axis=2, tiled=True)
+
+    by_columns, by_rows = PartitionSpec(None, axis), PartitionSpec(axis)
+    return jax.shard_map(
+        exchange, mesh=mesh, in_specs=(by_columns, by_rows), out_specs=by_rows, check_vma=False
+    )(table, ids)
 
 
 def splits(mesh: Mesh | None, rows: int) -> bool:

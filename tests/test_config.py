@@ -346,6 +346,8 @@ def test_run_names_are_stable_and_tell_runs_apart():
     assert name.startswith("untied-d12-laptop-b8-s0-")
     assert len(name.rpartition("-")[2]) == 8
     assert name == run_name(resolved("rung=untied", "out=/x", "resume=never"))
+    for free in ("remat=true", "attention=dense", "fsdp=true", "pause_tokens=1e6"):
+        assert name == run_name(resolved("rung=untied", free)), free
     others = ("seed=1", "optim.matrix_lr=0.03", "data=corpus", "probes=", "tier=d24")
     names = {run_name(resolved("rung=untied", word)) for word in others}
     assert len(names | {name}) == len(others) + 1

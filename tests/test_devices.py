@@ -152,6 +152,30 @@ def test_a_mesh_takes_as_many_devices_as_divide_the_rows():
     assert lines == ["1 6 7 8 6 8 2", "2 2 3 False", "2 1 3 False", "2 6 3 True", "5 3"]
 
 
+@pytest.mark.parametrize(
+    ("batch", "count", "processes", "expected"),
+    [
+        *[(8, 1, 1, 8), (8, 8, 1, 1), (8, 4, 1, 2), (8, 3, 1, 4), (8, 16, 2, 1), (32, 8, 1, 4)],
+        *[(4, 8, 1, 1), (6, 4, 1, 2), (1, 2, 1, 1), (1, 2, 2, 1), (6, 4, 2, 3), (7, 4, 1, 7)],
+    ],
+)
+def test_every_device_has_one_long_row_at_a_time(batch, count, processes, expected):
+    assert devices.micro_batches(batch, count, processes) == expected
+
+
+def test_micro_batches_are_settled_by_the_devices():
+    code = (
+        "import chz\n"
+        "from experiments.devices import settled\n"
+        "from experiments.resolve import resolve\n"
+        "for batch in (4, 8, 32):\n"
+        "    config = resolve({'batch': str(batch), 'profile': 'paper'}, 'paper')[0]\n"
+        "    print(config.accumulate, settled(config).accumulate)\n"
+        "print(settled(chz.replace(config, accumulate=2)).accumulate)"
+    )
+    assert python(code, **EIGHT) == ["None 1", "None 1", "None 4", "2"]
+
+
 STATE = """
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -164,9 +188,9 @@ for shape in ((64, 128), (128, 64), (96, 96), (804, 128), (8, 24, 100), (71, 73)
 """
 
 
-def test_a_state_is_cut_along_its_longest_axis_that_devices_divide():
+def test_a_state_is_cut_along_the_last_axis_that_devices_divide():
     lines = python(STATE, **EIGHT)
-    assert lines == ["64 16", "16 64", "12 96", "804 16", "8 3 100", "71 73", "8 16", ""]
+    assert lines == ["64 16", "128 8", "96 12", "804 16", "8 3 100", "71 73", "8 16", ""]
 
 
 def test_a_cpu_is_split_in_two_unless_the_user_has_chosen():

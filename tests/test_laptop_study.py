@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.figures.catalogue import FIGURES, TOY
+from experiments.study.grid import resolve_study
 from experiments.study_records import read_study
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +69,15 @@ def test_the_grid_is_the_declared_one():
 def _claims(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_command_that_made_the_records_finds_them():
+    """A key that is added to the configuration must not give all earlier runs other names."""
+    study = resolve_study(["preset=laptop"])
+    cells = {(cell.rung, cell.batch): cell for cell in study.cells}
+    runs = read_study(RECORDS).runs
+    assert len(runs) > 100
+    for run in runs:
+        cell = cells[run.config["rung"], run.config["batch"]]
+        name = study.run_name(cell, run.config["seed"], run.config["optim.lr_scale"])
+        assert name == run.name

@@ -32,7 +32,8 @@ def test_a_validation_that_devices_cannot_share_is_told(val_tokens, told):
     )
     schedule = SimpleNamespace(num_steps=1, measure=())
     lines = []
-    config = tiny_config("untied", data__val_tokens=val_tokens, data__probe_offset=val_tokens)
+    words = {"data__val_tokens": val_tokens, "data__probe_offset": val_tokens, "accumulate": 1}
+    config = tiny_config("untied", **words)
     greet(SimpleNamespace(note=lines.append), config, run, schedule, 0)
     found = [line for line in lines if line.startswith("validation runs whole on every device")]
     assert ["its 12 rows cannot be shared by 8 of them" in line for line in found] == told

@@ -1,8 +1,9 @@
 """Who trains the members of a study: one process, all together in it, or a process a core.
 
-On a CPU a toy member keeps one core busy and no more, so single-thread processes beside each other
-are faster than one process with all cores; on an accelerator one program with a batch axis of
-members should be (`python benchmarks/toy_engines.py`). All three write the same folders.
+A toy member hardly uses a second core, so on a CPU single-thread processes beside each other were
+half as fast again as one process with all cores on one machine, and as fast on another; on an
+accelerator one program with a batch axis of members should win, which nobody has timed (`python
+benchmarks/toy_engines.py`). All three write the same folders.
 """
 
 import json

@@ -7,7 +7,6 @@ published rates of all groups. Precedence, whatever the order typed: defaults < 
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from math import gcd
 from typing import Literal, NamedTuple
 
 import chz
@@ -205,8 +204,6 @@ class Study:
     def run_words(self, cell: Cell, seed: int, lr_scale: float) -> dict[str, str]:
         """The words of `experiments.train` for a run, without out= and pause_tokens=."""
         words = dict(self.words)
-        if words.get("profile") == "paper":  # eight micro-batches, as long as the rows allow it
-            words.setdefault("accumulate", str(gcd(8, cell.batch)))
         return words | {
             "rung": cell.rung,
             "tier": cell.tier,
