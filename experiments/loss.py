@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from models.gpt import GPT, dot, head_kernel, head_path, token_loss
+from models.gpt import GPT, head_kernel, head_path, token_loss
 from models.head import head_loss
+from models.linear import dot
 from models.sharded import whole
 
 

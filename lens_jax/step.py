@@ -49,9 +49,10 @@ def make_train_step(
     on probe_batch (probe_data="fixed") or on the training batch's own passes ("batch"), as
     summaries (eigen="host", see `probes.spectra`) or spectra ("graph"); otherwise it is empty.
     metrics: loss, the global norms grad_norm, update_norm and param_norm (before the update), and
-    finite; a step of which any of these is not finite leaves parameters and optimizer state as
-    they were. A step that measures a fixed probe set has probe_loss too, the mean over its samples.
-    out_shardings: as jax.jit takes them, for that triple.
+    finite, whether all of these are. A step whose loss, grad_norm or param_norm is not finite
+    leaves parameters and optimizer state as they were. A step that measures a fixed probe set has
+    probe_loss too, the mean over its samples. out_shardings: as jax.jit takes them, for that
+    triple.
     """
     if probe_data == "batch":
         _check_one_sweep(lens)
@@ -75,10 +76,14 @@ def make_train_step(
         updates, opt_state = tx.update(narrow, state.opt_state, state.params)
         norms = {"grad_norm": grads, "update_norm": updates, "param_norm": state.params}
         metrics = {"loss": loss} | {n: optax.tree.norm(_wide(tree)) for n, tree in norms.items()}
-        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+        finite = {name: jnp.isfinite(value) for name, value in metrics.items()}
+        # The norm of the updates plays no part: all updates would have to be there before the first
+        # could be written over what it updates, which holds the parameters once more.
+        usable = finite["loss"] & finite["grad_norm"] & finite["param_norm"]
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, metrics | seen | {"finite": finite}, measured
+        new = jax.tree.map(lambda after, before: jnp.where(usable, after, before), new, state)
+        whole = jnp.all(jnp.stack(list(finite.values())))
+        return new, metrics | seen | {"finite": whole}, measured
 
     return step
 

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from models import flash
 from models.blocked_attention import blocked_attention
+from models.hardware import nvidia_capability
 from models.masks import Rule, first_keys, visible_pairs
 from models.sharded import on_own_rows
 
 Implementation = Literal["auto", "dense", "blocked", "cudnn", "pallas"]
 HALF = (jnp.bfloat16, jnp.float16)
+FIRST_HALF = (8, 0)  # compute capability of the first cards for which the kernels are written
 
 
 def attention(
@@ -40,7 +42,8 @@ def attention(
 
     q, k, v: (B, T, H, K); documents: (B, T) int32, non-decreasing, or None; window: (B,) int32
     tokens, data and not a constant, read unless rule is "none"; block: tokens in a mask block;
-    widest: a static bound on the window, by which `blocked` sizes its work (None: the row); scale:
+    widest: a static bound to which the window is cut, by which `blocked` sizes its work (None: the
+    row); scale:
     None for 1 / sqrt(K); mesh: the devices over which rows are split, for kernels that XLA cannot
     split. Scores and softmax are float32 whatever the inputs; the result has v's
     dtype. Raises ValueError for an implementation that device or mask does not allow.
@@ -52,6 +55,8 @@ def attention(
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, scale=scale, implementation="cudnn"
         )
+    if window is not None and widest is not None:
+        window = jnp.minimum(window, widest)
     mask = {"documents": documents, "window": window, "rule": rule, "block": block}
     if chosen == "dense":
         return dense_attention(q, k, v, visible_pairs(q.shape[:2], **mask), scale)
@@ -66,18 +71,20 @@ def choose(implementation: Implementation, masked: bool, dtype, head_dim: int) -
 
     masked: whether documents or a window narrow the causal mask.
     """
-    gpu = jax.default_backend() == "gpu"
-    flash_runs = gpu and flash.supports(head_dim)
-    cudnn_runs = gpu and dtype in HALF and not masked
+    flash_runs = jax.default_backend() == "gpu" and flash.supports(head_dim)
+    half_runs = dtype in HALF and (nvidia_capability() or (0, 0)) >= FIRST_HALF
+    cudnn_runs = half_runs and not masked and _cudnn_supports(head_dim)
     if implementation == "auto":
         if cudnn_runs:
             return "cudnn"
-        return "pallas" if flash_runs and dtype in HALF else "blocked"
+        return "pallas" if flash_runs and half_runs else "blocked"
     if implementation == "cudnn" and not cudnn_runs:
         raise ValueError(
-            f"attention=cudnn needs an NVIDIA GPU, a half-precision dtype and a rung without "
-            f"documents and window (here {jax.default_backend()}, {jnp.dtype(dtype).name}, "
-            f"{'masked' if masked else 'plainly causal'}); choose attention=auto"
+            f"attention=cudnn needs an NVIDIA GPU from Ampere on, a half-precision dtype, a rung "
+            f"without documents and window, and heads of a multiple of 8 up to 128 (256 from "
+            f"Hopper on; here {jax.default_backend()}, {jnp.dtype(dtype).name}, "
+            f"{'masked' if masked else 'plainly causal'}, heads of {head_dim}); "
+            f"choose attention=auto"
         )
     if implementation == "pallas" and not flash_runs:
         raise ValueError(
@@ -85,6 +92,12 @@ def choose(implementation: Implementation, masked: bool, dtype, head_dim: int) -
             f"{jax.default_backend()}, heads of {head_dim}); choose attention=auto"
         )
     return implementation
+
+
+def _cudnn_supports(head_dim: int) -> bool:
+    capability = nvidia_capability()
+    widest = 256 if capability is not None and capability >= (9, 0) else 128
+    return head_dim % 8 == 0 and head_dim <= widest
 
 
 def dense_attention(q, k, v, visible: jax.Array, scale: float) -> jax.Array:

@@ -106,6 +106,11 @@ class ArchConfig:
                 "arch.window_ramp=half_blocks with arch.window=block: a window by blocks grows by "
                 "whole blocks; set arch.window_ramp=floor"
             )
+        if self.window_ramp == "half_blocks" and self.long_short:
+            raise ValueError(
+                "arch.long_short=true with arch.window_ramp=half_blocks: half of half a block is "
+                "no window; set arch.window_ramp=floor"
+            )
         if self.position == "learned" and self.row == "long":
             raise ValueError(
                 "arch.row=long with arch.position=learned: the position table has a short row; set "
@@ -184,7 +189,7 @@ class SizeConfig:
 
 
 def check_depth(arch: ArchConfig, size: SizeConfig) -> None:
-    """Raises ValueError where a pattern over the layers has no meaning at this depth."""
+    """Raises ValueError where a pattern of the architecture has no meaning at this size."""
     patterned = {"arch.unet": arch.unet, "arch.long_short": arch.long_short}
     patterned |= {"arch.drop_attention": arch.drop_attention}
     patterned |= {"arch.value": arch.value in ("embed_mirrored", "embed_outer")}
@@ -194,6 +199,10 @@ def check_depth(arch: ArchConfig, size: SizeConfig) -> None:
                 f"size.n_layer={size.n_layer} with {key}: encoder and decoder need the same depth; "
                 f"give an even number of layers"
             )
+    if arch.window_ramp == "half_blocks" and size.block % 2:
+        raise ValueError(
+            f"size.block={size.block} with arch.window_ramp=half_blocks: give an even block"
+        )
     if arch.position == "half_rope" and (size.head_dim % 4 or size.head_dim < 8):
         raise ValueError(
             f"size.n_embd={size.n_embd} over size.n_head={size.n_head} heads gives heads of "

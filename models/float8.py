@@ -9,12 +9,13 @@ are widened without loss and multiplied in float32: the roundings are the same, 
 Shapes: x is (..., D), kernel (D, V), z and g (..., V).
 """
 
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from models.hardware import nvidia_capability
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 X_SCALE, W_SCALE = 2.0, 32.0
@@ -38,11 +39,8 @@ def gradient_scale(num_tokens: int) -> float:
 
 def has_native_float8() -> bool:
     """Whether the default device is an NVIDIA card whose matrix units take float8 operands."""
-    if jax.default_backend() != "gpu":
-        return False
-    # AMD cards name an architecture here, such as gfx942.
-    capability = re.fullmatch(r"(\d+)\.(\d+)", str(jax.devices()[0].compute_capability))
-    return capability is not None and tuple(map(int, capability.groups())) >= FIRST_NATIVE
+    capability = nvidia_capability()
+    return capability is not None and capability >= FIRST_NATIVE
 
 
 def quantize(x: jax.Array, scale: float, dtype) -> jax.Array:

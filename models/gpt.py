@@ -11,7 +11,6 @@ to observe it (per-sample gradients do).
 The attention window is data, one number of tokens a row, so that its growth compiles nothing anew.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -26,18 +25,11 @@ from models.embedding import take_rows
 from models.head import head_logits
 from models.initializers import Initializers, keep_stream
 from models.layers import Layer, layer_plan, num_value_pieces
+from models.linear import Dense, Head, Linear, Table, dot
 from models.masks import document_ids
 from models.rotary import frequencies, half_frequencies, rotary_tables, rotate
 from models.sharded import rows_of_cut_table, whole
 from models.windows import layer_window, widest_window
-
-Linear = Callable[[jnp.ndarray, jnp.ndarray, str], jnp.ndarray]
-
-
-def dot(x: jnp.ndarray, kernel: jnp.ndarray, path: str) -> jnp.ndarray:
-    """The plain linear map of x (..., in) by kernel (in, out); `path` names the kernel."""
-    del path
-    return x @ kernel
 
 
 def rms_norm(x: jnp.ndarray, eps: float) -> jnp.ndarray:
@@ -45,49 +37,6 @@ def rms_norm(x: jnp.ndarray, eps: float) -> jnp.ndarray:
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
-
-
-class Dense(nn.Module):
-    """A linear layer whose product goes through the caller's `linear`."""
-
-    features: int
-    start: Callable
-    dtype: jnp.dtype
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x, linear: Linear):  # (..., in) -> (..., features)
-        kernel = self.param("kernel", self.start, (x.shape[-1], self.features))
-        path = "/".join((*self.path, "kernel"))
-        y = linear(x.astype(self.dtype), kernel.astype(self.dtype), path)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
-        return y
-
-
-class Table(nn.Module):
-    """An embedding table (rows, features); calling it gives the table itself."""
-
-    rows: int
-    features: int
-    start: Callable
-
-    @nn.compact
-    def __call__(self):
-        return self.param("embedding", self.start, (self.rows, self.features))
-
-
-class Head(nn.Module):
-    """The kernel (D, V) of an output head of its own; calling it gives the kernel itself."""
-
-    width: int
-    features: int
-    start: Callable
-
-    @nn.compact
-    def __call__(self):
-        return self.param("kernel", self.start, (self.width, self.features))
 
 
 class Context(NamedTuple):
@@ -242,12 +191,20 @@ class GPT(nn.Module):
     def __call__(self, tokens, linear: Linear = dot, window=None):  # (B, T) -> (B, T, V), taps
         """Logits and taps of tokens (B, T).
 
-        window: (B,) int32, the attention window of each row in tokens (`models.windows`); None for
-        the widest. Raises ValueError for patterns that the depth does not allow, and for rungs with
-        documents without size.eot_token.
+        window: (B,) int32 or one number, the attention window of each row in tokens
+        (`models.windows`), at most the widest; None for the widest. Raises ValueError for patterns
+        that the depth does not allow, for rungs with documents without size.eot_token, a size
+        without vocab_size, and rows that are longer than a table of positions.
         """
         arch, size = self.arch, self.size
         check_depth(arch, size)
+        if size.vocab_size is None:
+            raise ValueError("size.vocab_size=None: give the number of tokens (GPT-2: 50304)")
+        if arch.position == "learned" and tokens.shape[1] > size.short_row:
+            raise ValueError(
+                f"rows of {tokens.shape[1]} tokens: the position table has "
+                f"size.short_row={size.short_row}; give shorter ones, or arch.position=rope"
+            )
         init = Initializers(arch, size.n_layer)
         linear = self._on_whole_kernels(linear)
         wte = Table(size.vocab_size, size.n_embd, init.wte, name="wte")()
@@ -294,11 +251,13 @@ class GPT(nn.Module):
             )
         return document_ids(tokens, self.size.eot_token)
 
-    def _window(self, window, rows: int):
+    def _window(self, window, rows: int):  # (B,)
         widest = widest_window(self.arch, self.size)
-        if widest is None or window is not None:
-            return window
-        return jnp.full((rows,), widest, jnp.int32)
+        if widest is None:
+            return None
+        return jnp.broadcast_to(
+            jnp.asarray(widest if window is None else window, jnp.int32), (rows,)
+        )
 
     def _value_pieces(self, tokens, init: Initializers):  # (B, T, D) each
         size = self.size
@@ -355,7 +314,11 @@ class GPT(nn.Module):
 
 
 def token_loss(logits: jnp.ndarray, targets: jnp.ndarray) -> jnp.ndarray:
-    """Cross-entropy in nats of each target (B, T) under logits (B, T, V), float32."""
+    """Cross-entropy in nats of each target (B, T) under logits (B, T, V), float32.
+
+    A target outside 0..V-1 gives NaN.
+    """
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # or it would count from the end
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="fill")[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 

@@ -1,6 +1,7 @@
 """Masks against a double loop, and every implementation of attention against the dense one."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +208,22 @@ def test_a_choice_that_cannot_run_is_refused_and_auto_runs_anywhere():
 
 
 def test_a_gpu_takes_the_kernel_that_the_mask_allows(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    def card(capability):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    card("gfx942")  # of AMD, where neither kernel has been tried
+    assert choose("auto", False, jnp.bfloat16, 128) == "blocked"
+    card("7.5")  # without bfloat16 units
+    assert choose("auto", True, jnp.bfloat16, 128) == "blocked"
+    card("8.0")
+    assert choose("auto", False, jnp.bfloat16, 256) == "pallas"
+    card("9.0")
+    assert choose("auto", False, jnp.bfloat16, 256) == "cudnn"
+    assert choose("auto", False, jnp.bfloat16, 10) == "blocked"
+    with pytest.raises(ValueError, match="heads of 10"):
+        choose("cudnn", False, jnp.bfloat16, 10)
     assert choose("auto", False, jnp.bfloat16, 128) == "cudnn"
     assert choose("auto", True, jnp.bfloat16, 128) == "pallas"
     assert choose("auto", True, jnp.float32, 128) == "blocked"

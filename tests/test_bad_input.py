@@ -47,6 +47,8 @@ TRAIN = (
     ("ladder=tidy", "ladder=tidy: give one of published, clean"),
     ("size.n_layer=11", "size.n_layer=11 with arch.unet: encoder and decoder need the same depth"),
     ("rung=untied arch.long_short=true", "arch.long_short=True needs a window"),
+    ("rung=flexwin arch.long_short=true", "half of half a block is no window"),
+    ("rung=flexwin size.block=1", "size.block=1 with arch.window_ramp=half_blocks: give an even"),
     ("rung=baseline arch.row=long", "arch.row=long with arch.position=learned"),
     ("arch.window_ramp=half_blocks", "arch.window_ramp=half_blocks with arch.window=block"),
     ("arch.softcap=0", "arch.softcap=0.0: give a positive finite number"),

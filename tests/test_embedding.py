@@ -71,8 +71,8 @@ def test_ids_outside_the_table_are_dropped_and_looked_up_as_nan(way):
     rows = jnp.ones((4, WIDTH))
     got = WAYS[way](jnp.asarray([0, VOCAB, 2, 2]), rows, VOCAB)
     assert np.asarray(got).sum(1).tolist() == [3, 0, 6, 0, 0, 0, 0]
-    looked_up = take_rows(jnp.ones((VOCAB, WIDTH)), jnp.asarray([[0, VOCAB]]))
-    assert np.isnan(looked_up[0, 1]).all()
+    looked_up = take_rows(jnp.ones((VOCAB, WIDTH)), jnp.asarray([[0, VOCAB, -1]]))
+    assert np.isnan(looked_up[0, 1:]).all()
     assert not np.isnan(looked_up[0, 0]).any()
 
 

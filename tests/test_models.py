@@ -3,6 +3,7 @@
 import math
 import re
 
+import chz
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,12 +142,46 @@ def test_bfloat16_is_close_and_float32_where_it_matters(unlike):
     assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
 
 
-def test_a_token_outside_the_vocabulary_gives_nan(tiny):
+@pytest.mark.parametrize("outside", [VOCAB, -1])
+def test_a_token_outside_the_vocabulary_gives_nan(tiny, outside):
     tokens = random_tokens()
-    tokens[0, 20] = VOCAB
+    tokens[0, 20] = outside
     missing = np.isnan(tiny.taps(tiny.shaken, tokens)["logits"]).all(-1)
     assert missing[0, 20:].all()
     assert not missing[1:].any()
+
+
+def test_a_target_outside_the_vocabulary_gives_nan():
+    for outside in (-1, 5):
+        found = token_loss(jnp.zeros((1, 3, 5)), jnp.array([[0, outside, 4]]))
+        np.testing.assert_array_equal(np.isnan(found), [[False, True, False]])
+
+
+def test_what_a_model_cannot_take_is_told():
+    tokens = jnp.zeros((2, 48), jnp.int32)
+    config = tiny_config("baseline")
+    short = chz.replace(config.size, short_row=32, long_row=64)
+    for size, complaint in (
+        (chz.replace(short, vocab_size=None, eot_token=None), "size.vocab_size=None: give the num"),
+        (short, "rows of 48 tokens: the position table has size.short_row=32; give shorter ones"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            jax.eval_shape(GPT(config.arch, size).init, jax.random.key(0), tokens)
+
+
+def test_one_window_for_all_rows_and_none_beyond_the_widest():
+    tiny = tiny_model("betterwin")
+    size, tokens = tiny.config.size, random_tokens()[:, :-1]
+    inputs = np.where(tokens == EOT, EOT - 1, tokens)  # one document a row
+
+    def logits(window):
+        return tiny.model.apply({"params": tiny.shaken}, inputs, window=window)[0]
+
+    rows = jnp.full(len(inputs), size.block, jnp.int32)
+    np.testing.assert_array_equal(logits(size.block), logits(rows))
+    widest = tiny.config.arch.window_blocks * size.block
+    np.testing.assert_array_equal(logits(10 * widest), logits(None))
+    assert np.abs(logits(rows) - logits(None)).max() > 1e-3
 
 
 @pytest.mark.parametrize("rung", ["fixedwin", "betterwin", "lswa"])

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from models.config import SizeConfig
-from models.gpt import GPT, dot, head_kernel, init_params, token_loss
+from models.gpt import GPT, head_kernel, init_params, token_loss
 from models.head import head_logits
+from models.linear import dot
 from optim.groups import make_optimizer
 from optim.schedules import Horizon
 from toy_modular.grok import make_splits

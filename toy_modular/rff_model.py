@@ -23,9 +23,10 @@ import numpy as np
 
 from models.attention import attention
 from models.config import ArchConfig, SizeConfig, check_depth
-from models.gpt import Table, rms_norm
+from models.gpt import rms_norm
 from models.initializers import Initializers
 from models.layers import layer_plan
+from models.linear import Table
 from models.rotary import frequencies, rotary_tables, rotate
 from models.windows import widest_window
 from optim.groups import make_optimizer
