@@ -147,11 +147,11 @@ def _findings(claims: Sequence[Claim]) -> str:
     others = "".join(_card(*pair) for pair in pairs if pair[0].figure != PRIMARY)
     return f"""<p>{counts}.</p>
 <p class="note">Verdicts follow fixed rules. A claim decided by a test held with p \u2264 {LEVEL:g}
-and the expected sign, it did not hold with the other sign in a design that could have reached
-{LEVEL:g}, and all else is undecided at this scale; tests are two-sided where they do not say
-otherwise. q is p adjusted by Benjamini and Hochberg over the {tests} tests on this page: verdicts
-do not use it, and a claim that held with q above {LEVEL:g} deserves less trust. Claims without a
-test are decided by the rule in their sentence.</p>
+and the expected sign, it did not hold with p \u2264 {LEVEL:g} and the other sign, and all else is
+undecided at this scale; tests are two-sided where they do not say otherwise, and one of a single
+side can only hold or leave undecided. q is p adjusted by Benjamini and Hochberg over the {tests}
+tests on this page: verdicts do not use it, and a claim that held with q above {LEVEL:g} deserves
+less trust. Claims without a test are decided by the rule in their sentence.</p>
 {_cards("The primary test, declared before the runs, and its control", first)}\
 {_cards("All other findings, exploration", others)}"""
 
