@@ -1,5 +1,6 @@
 """Members given up early: who survives, and what it would have saved and cost."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -10,7 +11,9 @@ from synthetic_language_study import TARGET, make_study, name
 
 from experiments.efficiency import crossing_tokens
 from experiments.pruning import early_scores, retrospective, select_survivors
-from experiments.study_records import read_study
+from experiments.study_records import Family, read_study
+
+FAMILY = Family("muon", "d12")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,25 @@ def test_pruning_in_hindsight(study):
     assert found["chance"].kept_best == 0.25
     assert found["alpha"].regret <= found["batch"].regret <= 1
     assert 0 < found["alpha"].saved < 1
+
+
+def test_hindsight_is_the_mean_over_seeds_each_by_itself(tmp_path):
+    many = {"seeds": (0, 1, 2), "planted": "nothing", "noise": 0.3, "rng_seed": 2}
+    folder = make_study(tmp_path / "s", rungs=("muon",), seed_cells=(), trials=(), **many)
+    study = read_study(folder)
+    apart = [
+        {
+            own.rule: own
+            for own in retrospective(replace(study, runs=tuple(study.of(FAMILY, seed))), 1)
+        }
+        for seed in many["seeds"]
+    ]
+    assert len({seed["alpha"].regret for seed in apart}) > 1  # else any one seed would do
+    for own in retrospective(study, 1):
+        same = [seed[own.rule] for seed in apart]
+        assert (own.families, own.cases) == (1, 3)
+        assert own.regret == pytest.approx(np.mean([one.regret for one in same]))
+        assert own.kept_best == pytest.approx(np.mean([one.kept_best for one in same]))
 
 
 def test_chance_is_the_mean_over_all_choices(study):
