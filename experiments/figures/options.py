@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import chz
+import numpy as np
 
 from experiments.study_records import Run, Study
 from lens_jax.claims import Missing
+from models.command_line import UsageError
 
 Window = tuple[int, int]
 
@@ -57,6 +59,23 @@ def target_of(study: Study, options: Options) -> float:
     if target is None:
         raise Missing("a target loss: the study has none, so give target=")
     return target
+
+
+def check_target(study: Study, options: Options) -> None:
+    """Raises UsageError for a target below the loss at which runs stopped, for they end above it.
+
+    To rank them as if they had failed would put those first that were the last to be cut off.
+    """
+    target = options.target
+    if target is None:
+        return
+    stopped = [run for run in study.chosen if run.reached and not np.any(run.val["loss"] < target)]
+    if stopped:
+        least = max(run.config["target_loss"] for run in stopped)
+        raise UsageError(
+            f"target={target:g}: {len(stopped)} of {len(study.chosen)} runs stopped below loss "
+            f"{least:g} and never came so low; give target={least:g} or more"
+        )
 
 
 def narrowed(study: Study, options: Options, keep: Callable[[Run], bool]) -> Study:
