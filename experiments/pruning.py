@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from experiments.efficiency import alpha_at, crossing_tokens, early_row, loss_at, ranks_of
+from experiments.rank_windows import window_of
 from experiments.study_records import ACTIVATION, Family, Run, Study
 
 Rule = Literal["alpha", "loss", "batch"]
@@ -97,7 +98,7 @@ def retrospective(
     Raises ValueError for a study without a target or early tokens.
     """
     tokens = study.config.get("early_tokens") if tokens is None else tokens
-    window = tuple(study.config.get("window", (90, 200))) if window is None else window
+    window = window_of(study, window)
     if tokens is None or study.target_loss is None:
         raise ValueError(f"study={study.path}: it names no early_tokens, or no target loss")
     judged = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.figures.catalogue import FIGURES, TOY
-from experiments.figures.options import Options, check_target
+from experiments.figures.options import Options, check_target, resolved
 from experiments.figures.toy import draw_toy, toy_folder
 from experiments.study_records import Study
 from lens_jax.claims import Claim, Missing, claims_csv, claims_json
@@ -46,6 +46,7 @@ def draw_figures(
     UsageError for a target at which the runs do not compare.
     """
     check_target(study, options)
+    options = resolved(study, options)
     for note in study.unfinished:
         tell(f"unfinished: {note}")
     out.mkdir(exist_ok=True)

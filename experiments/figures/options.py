@@ -9,11 +9,10 @@ from dataclasses import replace
 import chz
 import numpy as np
 
+from experiments.rank_windows import Window, check_window, window_of
 from experiments.study_records import Run, Study
 from lens_jax.claims import Missing
 from models.command_line import UsageError
-
-Window = tuple[int, int]
 
 
 @chz.chz
@@ -23,7 +22,9 @@ class Options:
     target: float | None = chz.field(
         default=None, doc="validation loss to compare at; none: the study's"
     )
-    window: Window = chz.field(default=(90, 200), doc="main rank window, at width 768")
+    window: Window | None = chz.field(
+        default=None, doc="main rank window, at width 768; none: the study's"
+    )
     tokens: int | None = chz.field(
         default=None, doc="token budget of an early exponent; none: the study's"
     )
@@ -38,9 +39,8 @@ class Options:
 
     @chz.validate
     def _ranges(self):
-        first, last = self.window
-        if not 1 <= first <= last - 2:
-            raise ValueError(f"window={first},{last}: give FIRST,LAST, 3 ranks or more")
+        if self.window is not None:
+            check_window(self.window)
         if not 0 < self.progress <= 1:
             raise ValueError(f"progress={self.progress}: give a share above 0 and up to 1")
         for key in ("target", "tokens", "batch", "tolerance"):
@@ -59,6 +59,11 @@ def target_of(study: Study, options: Options) -> float:
     if target is None:
         raise Missing("a target loss: the study has none, so give target=")
     return target
+
+
+def resolved(study: Study, options: Options) -> Options:
+    """The options with the study's window where none was asked for; figures read it as it is."""
+    return chz.replace(options, window=window_of(study, options.window))
 
 
 def check_target(study: Study, options: Options) -> None:
