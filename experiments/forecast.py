@@ -117,7 +117,7 @@ def _family_rows(study: Study, runs: list[Run], tokens: int, window) -> list[Row
             Row(
                 *run.cell,
                 run.seed,
-                run.result.get("reason", "not ended"),
+                run.state,
                 _finite(crossing),
                 _finite(scores["alpha"][run.name]),
                 places["alpha"].get(run.name),

@@ -7,7 +7,7 @@ how much worse the best member left is than the true best. Source: protocol spec
 
 from collections.abc import Mapping, Sequence
 from math import comb, inf, isfinite, isnan, log, nan
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from experiments.study_records import ACTIVATION, Family, Run, Study
 
 Rule = Literal["alpha", "loss", "batch"]
 RULES: tuple[Rule, ...] = ("alpha", "loss", "batch")
+Key = TypeVar("Key", str, int)
 
 
 def early_scores(
@@ -46,12 +47,27 @@ def _score(run: Run, rule: Rule, tokens: float, window: tuple[int, int]) -> floa
     return alpha_at(row, site, ranks_of(run, window)).value
 
 
-def select_survivors(scores: Mapping[str, float], keep: int) -> set[str]:
-    """Returns the names of the best `keep`, at least one; equal ones by name, NaN last."""
+def batch_scores(runs: Sequence[Run], scores: Mapping[str, float]) -> dict[int, float]:
+    """Returns {batch: mean over seeds of the scores by run name}, NaN where any has none.
+
+    Over the seeds that all batches have, since a seed moves all of them alike; over each batch's
+    own where they share none.
+    """
+    seeds: dict[int, dict[int, float]] = {}
+    for run in runs:
+        seeds.setdefault(run.batch, {})[run.seed] = scores[run.name]
+    shared = set.intersection(*map(set, seeds.values())) if seeds else set()
+    return {
+        batch: float(np.mean([own[seed] for seed in shared or own])) for batch, own in seeds.items()
+    }
+
+
+def select_survivors(scores: Mapping[Key, float], keep: int) -> set[Key]:
+    """Returns the keys of the best `keep`, at least one; equal ones by key, NaN last."""
     if keep < 1:
         raise ValueError(f"keep={keep}: give at least 1")
 
-    def place(name: str) -> tuple:
+    def place(name: Key) -> tuple:
         score = scores[name]
         return (inf if isnan(score) else -score, name)
 

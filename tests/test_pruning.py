@@ -145,25 +145,6 @@ def test_what_a_rule_saves_is_what_those_given_up_train_after_the_budget(study):
     assert found["alpha"].saved == pytest.approx(after / sum(map(sum, costs)))
 
 
-def test_a_member_without_a_score_is_given_up_and_written_down(study, tmp_path):
-    from experiments.study.folder import StudyFolder
-    from experiments.study.grid import resolve_study
-    from experiments.study.pruning import members_to_give_up
-
-    # nothing was measured near so early a budget, so that no member has an exponent
-    words = ["rungs=muon,flexwin", "batches=4,8,16,32", "more=", "prune=alpha", "keep=1"]
-    running = resolve_study([*words, "early_tokens=3", f"out={tmp_path / 'study'}"])
-    with StudyFolder(running) as folder:
-        folder.runs.rmdir()
-        folder.runs.symlink_to(study.path / "runs")
-        names = {run.name: run.name for run in study.chosen}
-        gone = members_to_give_up(folder, running.config, names)
-        assert len(gone) == 6
-        assert gone == members_to_give_up(folder, running.config, names)
-        for decided in folder.pruned.values():
-            assert set(decided["given_up"].values()) == {None}
-
-
 def test_runs_that_are_not_measured_cannot_be_judged_by_their_spectra():
     from experiments.resolve import resolve
     from experiments.study.pruning import early_pause

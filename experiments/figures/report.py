@@ -112,9 +112,11 @@ def page(study: Study, claims: Sequence[Claim], images: Mapping[str, Path], comm
 def _conditions(study: Study) -> list[str]:
     chosen, config = study.chosen, study.config
     ended = sum(run.finished for run in chosen)
+    gone = f", {len(study.given_up)} given up early" if study.given_up else ""
     rungs = dict.fromkeys(run.cell.rung for run in chosen)
     words = [
-        f"{len(chosen)} runs, {ended} ended, and {len(study.trials)} trials of learning rates",
+        f"{len(chosen)} runs, {ended} ended{gone}, "
+        f"and {len(study.trials)} trials of learning rates",
         f"{len(rungs)} rungs: {', '.join(rungs)}",
         f"tiers {', '.join(dict.fromkeys(run.cell.tier for run in chosen))}",
         f"batches {', '.join(map(str, sorted({run.batch for run in chosen})))}",
@@ -244,6 +246,10 @@ def _rerun(study: Study, command: str) -> str:
     )
     unfinished = "".join(f"<li>{_words(words)}</li>" for words in study.unfinished)
     waiting = f"<p>Not ended when this was written:</p><ul>{unfinished}</ul>" if unfinished else ""
+    names = [f"<li>{_words(run.name)}: by prune={run.given_up}</li>" for run in study.given_up]
+    waiting += (
+        f"<p>Given up early, so of unknown cost:</p><ul>{''.join(names)}</ul>" if names else ""
+    )
     return f"<p>{note}</p>\n<pre><code>{escape(trained + command)}</code></pre>\n{waiting}"
 
 

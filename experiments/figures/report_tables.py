@@ -5,7 +5,7 @@ from html import escape
 
 from experiments.pruning import Pruned, retrospective
 from experiments.study.table import table_rows
-from experiments.study_records import Run, Study
+from experiments.study_records import GIVEN_UP, NOT_ENDED, Run, Study
 from lens_jax.claims import number
 
 NONE = "\u2013"
@@ -80,7 +80,7 @@ def _pruning_row(own: Pruned) -> Row:
 def _grid_row(row: Mapping) -> Row:
     """Cells of a chosen run; a run that missed the target sorts behind those that reached it."""
     tokens, excess = row.get("crossing_tokens"), row.get("excess")
-    missed = row["reason"] != "not ended" and tokens is None
+    missed = row["reason"] not in (NOT_ENDED, GIVEN_UP) and tokens is None
     cells = [
         (f"{row['lr_scale']:.3g}{'*' if row['edge'] else ''}", None),
         ("not reached", float("inf")) if missed else _count(tokens),
@@ -99,7 +99,7 @@ def _trial_row(run: Run) -> Row:
         (f"{run.lr_scale:.3g}", None),
         (number(loss, ".4f"), None),
         _count(step),
-        (run.result.get("reason", "given up"), None),
+        (run.result.get("reason", GIVEN_UP), None),
     ]
     return _named(*run.cell, run.seed, cells)
 

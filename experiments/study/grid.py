@@ -74,9 +74,10 @@ class StudyConfig:
         default=0.005, doc="greatest distance in validation loss of states called matched"
     )
     prune: Literal["none", "alpha", "loss"] = chz.field(
-        default="none", doc="give up all but the best of a family at early_tokens, by this"
+        default="none",
+        doc="give up all but the best batches of a family at early_tokens, by this; seeds' mean",
     )
-    keep: int = chz.field(default=2, doc="members of a family that prune leaves")
+    keep: int = chz.field(default=2, doc="batches of a family that prune leaves, all their seeds")
     launcher: Literal["local", "slurm"] = chz.field(
         default="local", doc="processes on this machine, or an sbatch array"
     )
