@@ -19,13 +19,14 @@ def crossing_tokens(run: Run, target: float) -> float:
     """Returns the tokens at which the validation loss first falls below a target.
 
     Interpolated linearly in (ln tokens, loss) between the validation before and the first one
-    below. inf for a run that ended without one, or diverged; NaN for one that has not ended.
+    below. inf for a run that ended without one, or diverged. NaN for one that has not ended, and
+    for one that stopped at a target of its own above this one: it might have gone on to it.
     Raises ValueError for a target that the loss is below before any training.
     """
     tokens, losses = run.val["tokens"], run.val["loss"]
     below = np.flatnonzero(losses < target)
     if not below.size:
-        return inf if run.finished else nan
+        return _without_crossing(run)
     k = int(below[0])
     if tokens[k] <= 0:
         raise ValueError(
@@ -45,13 +46,18 @@ def first_below_tokens(run: Run, target: float) -> float:
     below = np.flatnonzero(run.val["loss"] < target)
     if below.size:
         return float(run.val["tokens"][below[0]])
-    return inf if run.finished else nan
+    return _without_crossing(run)
+
+
+def _without_crossing(run: Run) -> float:
+    return inf if run.finished and not run.reached else nan
 
 
 def excess_tokens(runs: Sequence[Run], target: float) -> dict[str, float]:
     """Returns {run name: T / min T - 1} within the runs given; inf for a censored run.
 
-    NaN for a run that has not ended, and for all where none has reached the target.
+    NaN for a run that has not ended or stopped at a higher target, and for all where none has
+    reached this one.
     """
     found = {run.name: crossing_tokens(run, target) for run in runs}
     best = min((tokens for tokens in found.values() if tokens < inf), default=nan)

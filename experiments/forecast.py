@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments.efficiency import crossing_tokens
 from experiments.pruning import RULES, early_scores
+from experiments.rank_windows import check_window, window_of
 from experiments.statistics import Prediction, predict
 from experiments.study_records import Run, Study, read_study
 from lens_jax.claims import number, p_text
@@ -52,8 +53,8 @@ class ForecastConfig:
             check_path("study", self.study)
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: give at least 1")
-        if self.window is not None and not 1 <= self.window[0] <= self.window[1] - 2:
-            raise ValueError(f"window={self.window}: give FIRST,LAST, 3 ranks or more")
+        if self.window is not None:
+            check_window(self.window)
         if self.out is not None:
             check_report(self.out)
             if Path(self.out).suffix not in (".csv", ".json"):
@@ -116,7 +117,7 @@ def _family_rows(study: Study, runs: list[Run], tokens: int, window) -> list[Row
             Row(
                 *run.cell,
                 run.seed,
-                run.result.get("reason", "not ended"),
+                run.state,
                 _finite(crossing),
                 _finite(scores["alpha"][run.name]),
                 places["alpha"].get(run.name),
@@ -242,8 +243,7 @@ def main(argv: list[str]) -> int:
         tokens = config.tokens or study.config.get("early_tokens")
         if tokens is None:
             raise ValueError(f"study={config.study}: it names no early_tokens; give tokens=")
-        window = config.window or tuple(study.config.get("window", (90, 200)))
-        found = forecast(study, tokens, window)
+        found = forecast(study, tokens, window_of(study, config.window))
         print(describe(found))
         if config.out is not None:
             write_forecast(found, Path(config.out))

@@ -93,9 +93,13 @@ def _kernels(arrays: Mapping[str, np.ndarray]) -> list[tuple[int, str, str]]:
 
 
 def _fit(column: str, values: np.ndarray | None) -> dict[str, float]:
-    """Alpha and R2, the window cut to a spectrum that is shorter, as the released code cuts it."""
+    """Alpha and R2 as the released code has them, the window cut to a spectrum that is shorter.
+
+    Only what is not positive drops out: values that are rounding count too, as they do nowhere else
+    here.
+    """
     if values is None or len(values) < 3:
         return {}
     first = min(FIRST_RANK, len(values) - 2)
-    fit = fit_power_law(values, first, max(LAST_RANK, first + 2))
+    fit = fit_power_law(values, first, max(LAST_RANK, first + 2), floor=0.0)
     return {f"{column}_alpha": fit.alpha, f"{column}_r2": fit.r2}

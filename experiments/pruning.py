@@ -7,15 +7,17 @@ how much worse the best member left is than the true best. Source: protocol spec
 
 from collections.abc import Mapping, Sequence
 from math import comb, inf, isfinite, isnan, log, nan
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from experiments.efficiency import alpha_at, crossing_tokens, early_row, loss_at, ranks_of
+from experiments.rank_windows import window_of
 from experiments.study_records import ACTIVATION, Family, Run, Study
 
 Rule = Literal["alpha", "loss", "batch"]
 RULES: tuple[Rule, ...] = ("alpha", "loss", "batch")
+Key = TypeVar("Key", str, int)
 
 
 def early_scores(
@@ -45,12 +47,27 @@ def _score(run: Run, rule: Rule, tokens: float, window: tuple[int, int]) -> floa
     return alpha_at(row, site, ranks_of(run, window)).value
 
 
-def select_survivors(scores: Mapping[str, float], keep: int) -> set[str]:
-    """Returns the names of the best `keep`, at least one; equal ones by name, NaN last."""
+def batch_scores(runs: Sequence[Run], scores: Mapping[str, float]) -> dict[int, float]:
+    """Returns {batch: mean over seeds of the scores by run name}, NaN where any has none.
+
+    Over the seeds that all batches have, since a seed moves all of them alike; over each batch's
+    own where they share none.
+    """
+    seeds: dict[int, dict[int, float]] = {}
+    for run in runs:
+        seeds.setdefault(run.batch, {})[run.seed] = scores[run.name]
+    shared = set.intersection(*map(set, seeds.values())) if seeds else set()
+    return {
+        batch: float(np.mean([own[seed] for seed in shared or own])) for batch, own in seeds.items()
+    }
+
+
+def select_survivors(scores: Mapping[Key, float], keep: int) -> set[Key]:
+    """Returns the keys of the best `keep`, at least one; equal ones by key, NaN last."""
     if keep < 1:
         raise ValueError(f"keep={keep}: give at least 1")
 
-    def place(name: str) -> tuple:
+    def place(name: Key) -> tuple:
         score = scores[name]
         return (inf if isnan(score) else -score, name)
 
@@ -60,8 +77,9 @@ def select_survivors(scores: Mapping[str, float], keep: int) -> set[str]:
 class Pruned(NamedTuple):
     """What a rule would have done. saved: share of the tokens of all members to their targets.
 
-    regret: mean over families of T(best kept) / T(true best) - 1; kept_best: share of families
-    whose true best was kept. families: how many were judged; keep: members left in each.
+    A case is a family at one seed, judged by itself. regret: mean over cases of
+    T(best kept) / T(true best) - 1; kept_best: share of cases whose true best was kept. families,
+    cases: how many were judged; keep: members left in each case.
     """
 
     rule: str
@@ -70,6 +88,14 @@ class Pruned(NamedTuple):
     regret: float
     kept_best: float
     families: int
+    cases: int
+
+
+class Case(NamedTuple):
+    """Members of a family at one seed, what the rules choose among."""
+
+    family: Family
+    seed: int
 
 
 def retrospective(
@@ -77,20 +103,23 @@ def retrospective(
 ) -> list[Pruned]:
     """Returns what every rule, and chance, would have saved and cost on the finished members.
 
-    A family counts with its members of the least seed that have ended, if there are more than
-    `keep`, and one reached the target, none of them before the budget. A member that did not reach
-    it costs all the tokens it trained; where no better one was kept those are spent for nothing,
-    and the true best is trained on top. chance keeps members at random: exact expectations.
+    Every seed is judged by itself, as if the study had no other, and the numbers are means over
+    families and seeds: on one seed alone a rule can be right by luck, the more so on that on which
+    learning rates were searched. A study that goes on with several seeds judges a batch by their
+    mean, which errs less. A family counts at a seed with its members that have ended, if there are
+    more than `keep`, and one reached the target, none of them before the budget. A member that did
+    not reach it costs all the tokens it trained; where no better one was kept those are spent for
+    nothing, and the true best is trained on top. chance keeps members at random: exact
+    expectations.
     Raises ValueError for a study without a target or early tokens.
     """
     tokens = study.config.get("early_tokens") if tokens is None else tokens
-    window = tuple(study.config.get("window", (90, 200))) if window is None else window
+    window = window_of(study, window)
     if tokens is None or study.target_loss is None:
         raise ValueError(f"study={study.path}: it names no early_tokens, or no target loss")
-    costs = {family: _costs(study, family) for family in study.families}
     judged = {
-        family: own
-        for family, own in costs.items()
+        case: own
+        for case, own in _costs(study).items()
         if len(own) > keep and tokens < min(crossed for crossed, _ in own.values()) < inf
     }
     if not judged:
@@ -98,21 +127,25 @@ def retrospective(
     found = []
     for rule in RULES:
         chosen = {}
-        for family, own in judged.items():
-            runs = [run for run in study.of(family) if run.name in own]
-            chosen[family] = select_survivors(early_scores(runs, rule, tokens, window), keep)
+        for case, own in judged.items():
+            runs = [run for run in study.of(*case) if run.name in own]
+            chosen[case] = select_survivors(early_scores(runs, rule, tokens, window), keep)
         found.append(_judge(rule, keep, judged, chosen, tokens))
     return [*found, _chance(keep, judged, tokens)]
 
 
-def _costs(study: Study, family: Family) -> dict[str, tuple[float, float]]:
-    """Of every ended member of the least seed its tokens to the target (inf), and those trained."""
-    seeds = [run.seed for run in study.of(family)]
-    runs = [run for run in study.of(family, min(seeds)) if run.finished] if seeds else []
-    return {
-        run.name: (crossing_tokens(run, study.target_loss), float(run.result["tokens"]))
-        for run in runs
-    }
+def _costs(study: Study) -> dict[Case, dict[str, tuple[float, float]]]:
+    """Of every ended member its tokens to the target (inf), and those it trained, by case."""
+    found: dict[Case, dict[str, tuple[float, float]]] = {}
+    for run in study.chosen:
+        if run.finished:
+            cost = crossing_tokens(run, study.target_loss), float(run.result["tokens"])
+            found.setdefault(Case(run.family, run.seed), {})[run.name] = cost
+    return found
+
+
+def _families(judged: Mapping[Case, dict]) -> int:
+    return len({case.family for case in judged})
 
 
 def _spent(cost: tuple[float, float]) -> float:
@@ -131,16 +164,15 @@ def _regrets(costs: dict[str, tuple[float, float]]) -> dict[str, float]:
 def _judge(rule: str, keep: int, judged, chosen, tokens: float) -> Pruned:
     total = saved = 0.0
     regrets, hits = [], []
-    for family, own in judged.items():
+    for case, own in judged.items():
         spent = {name: _spent(cost) for name, cost in own.items()}
         total += sum(spent.values())
-        saved += sum(max(spent[name] - tokens, 0.0) for name in spent.keys() - chosen[family])
+        saved += sum(max(spent[name] - tokens, 0.0) for name in spent.keys() - chosen[case])
         by_place = _regrets(own)
-        regrets.append(next(by_place[name] for name in by_place if name in chosen[family]))
-        hits.append(next(iter(by_place)) in chosen[family])
-    return Pruned(
-        rule, keep, saved / total, float(np.mean(regrets)), float(np.mean(hits)), len(judged)
-    )
+        regrets.append(next(by_place[name] for name in by_place if name in chosen[case]))
+        hits.append(next(iter(by_place)) in chosen[case])
+    means = saved / total, float(np.mean(regrets)), float(np.mean(hits))
+    return Pruned(rule, keep, *means, _families(judged), len(judged))
 
 
 def _chance(keep: int, judged, tokens: float) -> Pruned:
@@ -156,6 +188,5 @@ def _chance(keep: int, judged, tokens: float) -> Pruned:
         chances = np.array([comb(n - r, keep - 1) for r in range(1, n + 1)]) / comb(n, keep)
         regrets.append(float(chances @ np.array(list(_regrets(own).values()))))
         hits.append(keep / n)
-    return Pruned(
-        "chance", keep, saved / total, float(np.mean(regrets)), float(np.mean(hits)), len(judged)
-    )
+    means = saved / total, float(np.mean(regrets)), float(np.mean(hits))
+    return Pruned("chance", keep, *means, _families(judged), len(judged))

@@ -2,6 +2,7 @@
 
     STUDY/config.json             preset, typed words, target loss, the primary cell of the tests
     STUDY/selected.json           of every cell the chosen learning-rate multiplier, and its trials
+    STUDY/pruned.json             of every family the runs that were given up early, where any were
     STUDY/runs/<name>/            run folders of `experiments.train`, trials and chosen ones alike
                      /config.json, metrics.jsonl, spectra/step_*.npz, result.json at its end
 
@@ -25,6 +26,7 @@ from models.ladder import ALL_RUNGS
 ACTIVATION = "act_cov_eigenvalues"
 GRADIENT = "grad_singular_values"
 WEIGHT = "weight_singular_values"
+NOT_ENDED, GIVEN_UP = "not ended", "given up"
 
 
 class Family(NamedTuple):
@@ -56,11 +58,16 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One run; config has dotted keys; `result` is empty as long as it has not ended."""
+    """One run; config has dotted keys; `result` is empty as long as it has not ended.
+
+    given_up: the rule by which its study gave it up early, empty otherwise. Such a run has no end
+    of its own, so its tokens to the target are not known.
+    """
 
     path: Path
     config: dict
     result: dict
+    given_up: str = ""
 
     @property
     def name(self) -> str:
@@ -108,6 +115,11 @@ class Run:
         """Whether it came to an end of its own, a loss that was not finite included."""
         return bool(self.result)
 
+    @property
+    def state(self) -> str:
+        """Why it ended: target, budget or diverged; or else whether it was given up or goes on."""
+        return self.result.get("reason", GIVEN_UP if self.given_up else NOT_ENDED)
+
     @cached_property
     def train(self) -> dict[str, np.ndarray]:
         """Columns of the training rows: step, tokens, loss, step_time_s, tokens_per_s, ..."""
@@ -151,7 +163,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's settings and runs; `unfinished` says why a chosen run has not ended."""
+    """A study's settings and runs; `unfinished` says why a chosen run has not ended.
+
+    Those that were given up are not among the unfinished: they will not go on.
+    """
 
     path: Path
     config: dict
@@ -187,6 +202,11 @@ class Study:
         chosen = {run.name for run in self.chosen}
         return [run for run in self.runs if run.name not in chosen]
 
+    @property
+    def given_up(self) -> list[Run]:
+        """The chosen runs that the study gave up early."""
+        return [run for run in self.chosen if run.given_up]
+
     def of(self, family: Family, seed: int | None = None) -> list[Run]:
         """The chosen runs of a family by batch, of one seed or of all."""
         found = [run for run in self.chosen if run.family == family]
@@ -213,21 +233,31 @@ def read_study(folder: str | Path) -> Study:
         raise ValueError(f"study={folder}: no such folder")
     if not (folder / "runs").is_dir():
         raise ValueError(f"study={folder}: no study (no folder runs/ in it)")
-    runs, unfinished = [], []
+    runs, unfinished, rules = [], [], _given_up(folder / "pruned.json")
     for path in sorted(path for path in (folder / "runs").iterdir() if path.is_dir()):
         if not (path / "config.json").is_file():
             unfinished.append(f"{path.name}: has no config.json yet")
             continue
-        runs.append(read_run(path))
+        run = read_run(path)
+        runs.append(run if run.finished else replace(run, given_up=rules.get(run.name, "")))
     if not runs:
         raise NoRuns(f"study={folder}: no run in {folder / 'runs'} has begun")
     runs.sort(key=lambda run: (*_order(run.cell), run.seed, run.lr_scale))
     config = read_json_object(folder / "config.json", required=False)
     selected = read_json_object(folder / "selected.json", required=False)
     study = Study(folder, config, selected, tuple(runs), ())
-    open_runs = [run.name for run in study.chosen if not run.finished]
+    open_runs = [run.name for run in study.chosen if not run.finished and not run.given_up]
     unfinished += [f"{name}: has no result.json yet" for name in open_runs]
     return replace(study, unfinished=tuple(unfinished))
+
+
+def _given_up(path: Path) -> dict[str, str]:
+    """{name of a run: the rule by which it was given up}; raises ValueError for a damaged file."""
+    families = read_json_object(path, required=False).values()
+    try:
+        return {name: own["rule"] for own in families for name in own["given_up"]}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: a family without rule and given_up; not a study's") from error
 
 
 def _order(cell: Cell) -> tuple:

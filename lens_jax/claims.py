@@ -45,15 +45,14 @@ class Claim(NamedTuple):
 def verdict(statistic: float, p: float, least_p: float) -> str:
     """Returns what a two-sided test says of a claim that a statistic is above 0.
 
-    held: above 0 with p <= 0.05. did not hold: not above 0, in a design that could have reached
-    0.05. undecided: anything else, so also whatever so few members show that no outcome of theirs
-    has p <= 0.05.
+    held: above 0 with p <= 0.05. did not hold: below 0 with p <= 0.05, for to say so takes as much
+    evidence as the claim itself. undecided: anything else, so also whatever so few members show
+    that no outcome of theirs has p <= 0.05, which is what least_p says. A p of one side only is
+    near 1 where the other sign is clear: by it a claim is held or undecided.
     """
-    if not (isfinite(statistic) and isfinite(p)) or least_p > LEVEL:
+    if not (isfinite(statistic) and isfinite(p)) or max(p, least_p) > LEVEL or statistic == 0:
         return UNDECIDED
-    if statistic > 0:
-        return HELD if p <= LEVEL else UNDECIDED
-    return FAILED
+    return HELD if statistic > 0 else FAILED
 
 
 def sign_flip_test(differences: Sequence[float], *, seed: int = 0) -> PermutationTest:

@@ -52,7 +52,7 @@ def test_the_first_fall_counts_also_where_the_loss_rises_again():
 
 
 def test_a_loss_equal_to_the_target_is_not_below_it():
-    assert first_below_tokens(Curve([100, 200], [5.0, 4.0]), 4.0) == inf
+    assert first_below_tokens(Curve([100, 200], [5.0, 4.0], "budget"), 4.0) == inf
 
 
 def test_who_never_gets_there_is_censored_and_who_still_trains_is_unknown():
@@ -63,6 +63,16 @@ def test_who_never_gets_there_is_censored_and_who_still_trains_is_unknown():
     assert isnan(first_below_tokens(Curve([0, 100], losses, ""), 4.0))
 
 
+def test_who_stopped_at_a_higher_target_is_no_failure_at_a_lower_one():
+    run = Curve([0, 100, 400], [7.0, 5.0, 3.9], "target")
+    assert isnan(crossing_tokens(run, 3.8))
+    assert isnan(first_below_tokens(run, 3.8))
+    assert crossing_tokens(run, 4.0) < 400
+    found = efficiency([run, Curve([100, 200], [5.0, 3.0], label="a")], 3.8)
+    assert isnan(found["run"])
+    assert found["a"] == 0
+
+
 def test_a_first_look_below_the_target_is_taken_as_it_is():
     assert crossing_tokens(Curve([0, 100], [7.0, 3.0]), 4.0) == 100  # from 0 tokens no logarithm
 
@@ -70,7 +80,7 @@ def test_a_first_look_below_the_target_is_taken_as_it_is():
 @given(st.lists(st.floats(1.0, 8.0), min_size=2, max_size=12), st.floats(1.5, 7.5))
 def test_a_crossing_lies_between_the_looks_around_it(losses, target):
     tokens = [100 * 2**i for i in range(len(losses))]
-    run = Curve(tokens, losses)
+    run = Curve(tokens, losses, "budget")
     crossed = crossing_tokens(run, target)
     below = next((k for k, loss in enumerate(losses) if loss < target), None)
     if below is None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from synthetic_language_study import TARGET, WIDTH, make_study, name
 
 from experiments.figures import atlas, curves, weights
-from experiments.figures.page import Options
+from experiments.figures.options import Options, resolved
 from experiments.figures.trajectories import (
     ALPHAS,
     RANKMES,
@@ -56,7 +56,7 @@ def deep(tmp_path_factory):
 
 def drawn(function, study, **keys):
     figure = Figure(figsize=(7.2, 6), layout="constrained")
-    return function(figure, study, Options(**keys)), figure
+    return function(figure, study, resolved(study, Options(**keys))), figure
 
 
 def caption_of(figure):

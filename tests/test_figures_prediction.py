@@ -10,7 +10,7 @@ from synthetic_language_study import BATCHES, make_study, name
 
 from experiments.efficiency import crossing_tokens, early_row
 from experiments.figures import prediction, prediction_curves
-from experiments.figures.options import Options, of_tiers
+from experiments.figures.options import Options, of_tiers, resolved
 from experiments.figures.prediction_tests import (
     alike_p,
     best_look_p,
@@ -58,7 +58,7 @@ def deep(tmp_path_factory):
 
 def drawn(function, study, **keys):
     figure = Figure(figsize=(7.2, 5), layout="constrained")
-    return function(figure, study, Options(**keys)), figure
+    return function(figure, study, resolved(study, Options(**keys))), figure
 
 
 def caption_of(figure):

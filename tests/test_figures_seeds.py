@@ -10,7 +10,7 @@ from synthetic_language_study import make_study, name
 
 from experiments.efficiency import early_row
 from experiments.figures import optimizers, seeds
-from experiments.figures.options import Options
+from experiments.figures.options import Options, resolved
 from experiments.study_records import ACTIVATION, read_study
 from lens_jax.claims import Missing
 from lens_jax.fits import fit_power_law, jsd
@@ -54,7 +54,7 @@ def flat(tmp_path_factory):
 
 def drawn(function, study, options=OPTIONS):
     figure = Figure(figsize=(7.2, 5), layout="constrained")
-    return function(figure, study, options), figure
+    return function(figure, study, resolved(study, options)), figure
 
 
 def caption_of(figure):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from synthetic_language_study import TARGET, make_study, name
 
 from experiments.figures import operational, tricks
-from experiments.figures.options import Options
+from experiments.figures.options import Options, resolved
 from experiments.figures.speed import steady_throughput, timings_text
 from experiments.figures.taxonomy import (
     ACTIVATION,
@@ -59,7 +59,7 @@ def alone(tmp_path_factory):
 
 def drawn(function, study, options=OPTIONS):
     figure = Figure(figsize=(7.2, 5), layout="constrained")
-    return function(figure, study, options), figure
+    return function(figure, study, resolved(study, options)), figure
 
 
 def caption_of(figure):

@@ -1,5 +1,6 @@
 """Members given up early: who survives, and what it would have saved and cost."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -10,7 +11,9 @@ from synthetic_language_study import TARGET, make_study, name
 
 from experiments.efficiency import crossing_tokens
 from experiments.pruning import early_scores, retrospective, select_survivors
-from experiments.study_records import read_study
+from experiments.study_records import Family, read_study
+
+FAMILY = Family("muon", "d12")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,25 @@ def test_pruning_in_hindsight(study):
     assert 0 < found["alpha"].saved < 1
 
 
+def test_hindsight_is_the_mean_over_seeds_each_by_itself(tmp_path):
+    many = {"seeds": (0, 1, 2), "planted": "nothing", "noise": 0.3, "rng_seed": 2}
+    folder = make_study(tmp_path / "s", rungs=("muon",), seed_cells=(), trials=(), **many)
+    study = read_study(folder)
+    apart = [
+        {
+            own.rule: own
+            for own in retrospective(replace(study, runs=tuple(study.of(FAMILY, seed))), 1)
+        }
+        for seed in many["seeds"]
+    ]
+    assert len({seed["alpha"].regret for seed in apart}) > 1  # else any one seed would do
+    for own in retrospective(study, 1):
+        same = [seed[own.rule] for seed in apart]
+        assert (own.families, own.cases) == (1, 3)
+        assert own.regret == pytest.approx(np.mean([one.regret for one in same]))
+        assert own.kept_best == pytest.approx(np.mean([one.kept_best for one in same]))
+
+
 def test_chance_is_the_mean_over_all_choices(study):
     (chance,) = (row for row in retrospective(study, 2) if row.rule == "chance")
     regrets, saved, total = [], [], 0.0
@@ -121,25 +143,6 @@ def test_what_a_rule_saves_is_what_those_given_up_train_after_the_budget(study):
     costs = [[crossing_tokens(r, TARGET) for r in study.of(f, 0)] for f in study.families]
     after = sum(sum(own) - min(own) - 3 * 2**16 for own in costs)  # alpha keeps the best, planted
     assert found["alpha"].saved == pytest.approx(after / sum(map(sum, costs)))
-
-
-def test_a_member_without_a_score_is_given_up_and_written_down(study, tmp_path):
-    from experiments.study.folder import StudyFolder
-    from experiments.study.grid import resolve_study
-    from experiments.study.pruning import members_to_give_up
-
-    # nothing was measured near so early a budget, so that no member has an exponent
-    words = ["rungs=muon,flexwin", "batches=4,8,16,32", "more=", "prune=alpha", "keep=1"]
-    running = resolve_study([*words, "early_tokens=3", f"out={tmp_path / 'study'}"])
-    with StudyFolder(running) as folder:
-        folder.runs.rmdir()
-        folder.runs.symlink_to(study.path / "runs")
-        names = {run.name: run.name for run in study.chosen}
-        gone = members_to_give_up(folder, running.config, names)
-        assert len(gone) == 6
-        assert gone == members_to_give_up(folder, running.config, names)
-        for decided in folder.pruned.values():
-            assert set(decided["given_up"].values()) == {None}
 
 
 def test_runs_that_are_not_measured_cannot_be_judged_by_their_spectra():

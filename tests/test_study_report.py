@@ -197,13 +197,14 @@ def test_trials_stand_apart(parsed, study):
 
 def test_pruning_is_what_hindsight_says_of_every_rule(parsed, study):
     heads, *rows = table_of(parsed, "in hindsight")
-    assert heads == ["rule", "kept", "tokens saved", "regret", "best kept", "families"]
+    assert heads == ["rule", "kept", "tokens saved", "regret", "best kept", "families", "cases"]
     twin = [own for keep in (1, 2) for own in retrospective(study, keep)]
     assert [row[0] for row in rows] == ["alpha", "early loss", "-log B", "chance"] * 2
     for row, own in zip(rows, twin, strict=True):
         assert row[1] == str(own.keep)
         assert row[2] == f"{own.saved:.1%}"
     assert {row[5] for row in rows[:4]} == {"2"}  # flexwin's smallest batch has not ended
+    assert [row[6] for row in rows] == [str(own.cases) for own in twin]
 
 
 def test_a_study_without_a_target_says_why_it_has_no_pruning(study, images):

@@ -267,7 +267,9 @@ def test_bands_of_prime_modulus_are_chosen(study):
 def test_verdicts_follow_the_rule():
     assert verdict(0.9, 0.02, 0.017) == "held"
     assert verdict(0.9, 0.20, 0.017) == "undecided"
-    assert verdict(-0.1, 0.90, 0.017) == "did not hold"
+    assert verdict(-0.1, 0.90, 0.017) == "undecided"  # no more than +0.1 would be
+    assert verdict(-0.9, 0.02, 0.017) == "did not hold"
+    assert verdict(0.0, 0.02, 0.017) == "undecided"
     assert verdict(1.0, 0.08, 0.083) == "undecided"
     assert verdict(-1.0, 0.08, 0.083) == "undecided"
     assert verdict(float("nan"), 0.01, 0.017) == "undecided"

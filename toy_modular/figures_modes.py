@@ -122,7 +122,9 @@ def _label_x(axes, runs: Sequence[Run], x: str) -> None:
 def _curves_claim(runs: dict[str, list[Run]], batch: int, band: str) -> Claim:
     """Whether untied ends above the other stages and above what chance gives, seed by seed.
 
-    Decided, either way, by three seeds or more that agree.
+    Decided, either way, by three seeds or more that agree: held where untied is the largest and
+    beyond chance in each, did not hold where it is the smallest of the stages in each. Were it like
+    them, either has a chance of (1/4)^3; merely not to be the largest has one of (3/4)^3.
     """
     ends = {s: {r.seed: r.features[-1] for r in own if r.features} for s, own in runs.items()}
     seeds = sorted(set.intersection(*(set(own) for own in ends.values())))
@@ -131,9 +133,12 @@ def _curves_claim(runs: dict[str, list[Run]], batch: int, band: str) -> Claim:
     uppers = [{code: own.upper for code, own in chance.items()} for chance in chances]
     largest = [values["untied"][i] >= max(values[s][i] for s in CORE) for i in range(len(seeds))]
     above = [v > max(own.values()) for v, own in zip(values["untied"], uppers, strict=True)]
-    both = [a and b for a, b in zip(largest, above, strict=True)]
-    agreed = len(seeds) >= SEEDS_NEEDED and len(set(both)) == 1
-    outcome = (HELD if both[0] else FAILED) if agreed else UNDECIDED
+    smallest = [
+        values["untied"][i] < min(values[s][i] for s in CORE[:-1]) for i in range(len(seeds))
+    ]
+    outcome = UNDECIDED
+    if len(seeds) >= SEEDS_NEEDED:
+        outcome = HELD if all(largest) and all(above) else FAILED if all(smallest) else UNDECIDED
     mean = float(np.mean(values["untied"])) if seeds else np.nan
     of_next, of_current = (
         number(float(np.mean([own[code] for own in uppers])) if seeds else np.nan, ".3f")

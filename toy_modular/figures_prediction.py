@@ -235,14 +235,17 @@ def beyond_batch(found: Tests) -> str:
     """Returns whether alpha says more than the batch size does; a rule, for so few have no test.
 
     held: the order has p <= 0.05, rho of alpha exceeds that of -log B in every seed, and the
-    partial rho is positive in every seed. did not hold: the mean rho is not the larger one.
+    partial rho is positive in every seed. did not hold: the order has p <= 0.05 with rho below 0,
+    so that a larger alpha speaks for less efficiency, and no partial rho is positive. That rho of
+    -log B is merely the larger one decides nothing.
     """
-    if not np.all(np.isfinite(found.partials)) or found.least_p > LEVEL:
+    if not np.all(np.isfinite(found.partials)):
         return UNDECIDED
-    if found.alike.statistic <= abs(found.control):
-        return FAILED
-    clear = np.all(found.own > abs(found.control)) and np.all(found.partials > 0)
-    return HELD if clear and found.alike.p <= LEVEL else UNDECIDED
+    order = verdict(found.alike.statistic, found.alike.p, found.least_p)
+    above = np.all(found.own > abs(found.control)) and np.all(found.partials > 0)
+    if order == HELD:
+        return HELD if above else UNDECIDED
+    return FAILED if order == FAILED and np.all(found.partials <= 0) else UNDECIDED
 
 
 def _claims(runs: Sweep, found: Tests, label: str, chosen: float, table) -> list[Claim]:

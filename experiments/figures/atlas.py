@@ -15,7 +15,6 @@ from experiments.efficiency import ranks_of
 from experiments.figures.page import Options, caption, ranks_text, seeds_text, title, words
 from experiments.figures.trajectories import (
     ALPHAS,
-    DEEP_WINDOW,
     OUTPUT,
     RANKMES,
     Member,
@@ -28,6 +27,7 @@ from experiments.figures.trajectories import (
     token_best,
     trajectory_rho,
 )
+from experiments.rank_windows import window_of
 from experiments.study_records import ACTIVATION, GRADIENT, Family, Run, Study
 from lens_jax.axis_style import (
     BLUE,
@@ -54,7 +54,7 @@ ROWS = {
     15: ("sparsev", "truncrope", "softcap", "fp8head", "lswa", "attnscale"),
     16: ("flexwin", "betterwin", "sparsev"),
 }
-DEEP_TIERS = ("d36", "d48")
+ATLAS_TIERS = ("d36", "d48")
 DEEP_ROWS = ("flexwin-d36", "betterwin-d36", "sparsev-d36", "betterwin-d48")
 SPECTRA = 8
 
@@ -78,24 +78,25 @@ def draw_15(figure: Figure, study: Study, options: Options) -> list[Claim]:
 
 
 def draw_16(figure: Figure, study: Study, options: Options) -> list[Claim]:
-    """Draws the atlas of d36 and d48 on ranks 200-400; raises Missing without any run of them.
+    """Draws the atlas of d36 and d48 on their own ranks; raises Missing without any run of them.
 
     What it asks is whether trajectories have the signs of d12, so every statistic is correlated
     with that of the same rung at d12, where the study has it.
     """
-    families = [family for family in study.families if family.tier in DEEP_TIERS]
+    families = [family for family in study.families if family.tier in ATLAS_TIERS]
     members = _members(study, families, options)
     if not members:
         raise Missing(_needed(16, "runs at tier d36 or d48 with spectra"))
     absent = [name for name in DEEP_ROWS if name not in {m.family.name for m in members}]
-    axes = _draw(16, figure, members, DEEP_WINDOW, "d36 and d48")
+    window = window_of(study, options.window, ATLAS_TIERS[0])
+    axes = _draw(16, figure, members, window, "d36 and d48")
     likeness = [_likeness(study, member, options) for member in members]
     for row, own in zip(axes, likeness, strict=True):
         for ax, statistics in zip(row[2:], (RANKMES, ALPHAS), strict=True):
             _write_likeness(ax, [own.get(s.name, np.nan) for s in statistics])
     likeness_note = "rho: Spearman with the trajectory of the rung at d12, activations / gradients."
-    caption(figure, f"{_caption_text(members, absent, DEEP_WINDOW)} {likeness_note}")
-    return [_likeness_claim(members, likeness)]
+    caption(figure, f"{_caption_text(members, absent, window)} {likeness_note}")
+    return [_likeness_claim(members, likeness, window)]
 
 
 def _draw_rungs(fig: int, figure: Figure, study: Study, options: Options) -> list[Claim]:
@@ -104,11 +105,12 @@ def _draw_rungs(fig: int, figure: Figure, study: Study, options: Options) -> lis
     if not members:
         raise Missing(_needed(fig, f"d12 runs of {', '.join(ROWS[fig])} with spectra"))
     absent = [rung for rung in ROWS[fig] if rung not in {m.family.rung for m in members}]
-    _draw(fig, figure, members, options.window, _range(members))
-    caption(figure, _caption_text(members, absent, options.window))
+    window = window_of(study, options.window, "d12")
+    _draw(fig, figure, members, window, _range(members))
+    caption(figure, _caption_text(members, absent, window))
     tokens = options.tokens or study.config.get("early_tokens")
     asked = ((ALPHAS[0], "the activation tail steepens"), (RANKMES[0], "activation RankMe rises"))
-    return [_change_claim(fig, members, *own, options.window, tokens) for own in asked if tokens]
+    return [_change_claim(fig, members, *own, window, tokens) for own in asked if tokens]
 
 
 def _range(members: Sequence[Member]) -> str:
@@ -270,8 +272,9 @@ def _likeness(study: Study, member: Member, options: Options) -> dict[str, float
     shallow = [own for f in families if (own := token_best(study, f, options)) is not None]
     if not shallow:
         return {}
+    window = window_of(study, options.window, "d12")
     return {
-        statistic.name: trajectory_rho(shallow[0].first, member.first, statistic, options.window)
+        statistic.name: trajectory_rho(shallow[0].first, member.first, statistic, window)
         for statistic in (*RANKMES, *ALPHAS)
     }
 
@@ -283,7 +286,7 @@ def _write_likeness(ax, rhos: Sequence[float]) -> None:
     ax.text(1.0, 1.0, rf"$\rho$ {text}", **place)
 
 
-def _likeness_claim(members: list[Member], likeness: list[dict[str, float]]) -> Claim:
+def _likeness_claim(members: list[Member], likeness: list[dict[str, float]], window) -> Claim:
     means = [_mean(list(own.values())) for own in likeness]
     test = sign_flip_test(means)
     count = int(np.sum(np.isfinite(means)))
@@ -295,7 +298,7 @@ def _likeness_claim(members: list[Member], likeness: list[dict[str, float]]) -> 
     )
     return Claim(
         "16", "trajectories of d36 and d48 have the signs of d12", count, 1,
-        "200-400 beside d12's", test.statistic, test.p,
+        f"{window[0]}-{window[1]} beside d12's", test.statistic, test.p,
         "the mean rho of a family might as well have the other sign", outcome,
         f"{outcome.capitalize()}: mean rho {number(test.statistic)} between d12 and deep "
         f"trajectories ({listed}), n = {words(count, 'family')} with a d12 run of the same rung, "

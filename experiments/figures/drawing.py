@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.figures.catalogue import FIGURES, TOY
-from experiments.figures.options import Options
+from experiments.figures.options import Options, check_target, resolved
 from experiments.figures.toy import draw_toy, toy_folder
 from experiments.study_records import Study
 from lens_jax.claims import Claim, Missing, claims_csv, claims_json
@@ -42,10 +42,15 @@ def draw_figures(
 
     Claims go to claims.csv and claims.json, or claims_N for one figure. Files are replaced whole,
     and the same records give the same bytes. Tells of every file, of every figure that lacks its
-    runs, and of every run that has not ended. Raises ValueError with one line for a damaged file.
+    runs, and of every run that has not ended or was given up. Raises ValueError with one line for a
+    damaged file, UsageError for a target at which the runs do not compare.
     """
+    check_target(study, options)
+    options = resolved(study, options)
     for note in study.unfinished:
         tell(f"unfinished: {note}")
+    for run in study.given_up:
+        tell(f"given up early: {run.name}: by prune={run.given_up}")
     out.mkdir(exist_ok=True)
     claims, images, missing = [], {}, {}
     for number in numbers:

@@ -25,6 +25,7 @@ from experiments.figures.page import (
     words,
 )
 from experiments.figures.taxonomy import Matched, seed_noise
+from experiments.rank_windows import window_of
 from experiments.study_records import ACTIVATION, Family, Run, Study
 from lens_jax.axis_style import BLUE, INK, SHADE, VERMILLION, rank_axes, visible
 from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
@@ -109,7 +110,7 @@ def _draw_spectra(ax, side: Side, batches: Sequence[int], matched, study, option
     for batch, runs in sorted(side.runs.items()):
         run = runs[0]
         values = matched.spectrum(run, ACTIVATION, None)
-        ranks = ranks_of(run, options.window)
+        ranks = ranks_of(run, window_of(study, options.window, run.cell.tier))
         row = matched_row(run, target_of(study, options), tolerance_of(study, options))
         fit = alpha_at(row, run.final_site(ACTIVATION), ranks)
         error = rf" $\pm$ {fit.error:.2f}" if isfinite(fit.error) else ""
@@ -162,7 +163,8 @@ def _claim(sides: Sequence[Side], both: Sequence[dict], floor: float) -> Claim:
 
 def _caption_text(study: Study, sides: Sequence[Side], floor: float, options: Options) -> str:
     runs = [run for side in sides for run in side.all]
-    ranks = ranks_text(ranks_of(runs[0], options.window), options.window)
+    window = window_of(study, options.window, runs[0].cell.tier)
+    ranks = ranks_text(ranks_of(runs[0], window), window)
     rungs = [side.family.rung for side in sides]
     target, tolerance = target_of(study, options), tolerance_of(study, options)
     parts = [

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import chz
+import numpy as np
 
+from experiments.rank_windows import Window, check_window, window_of
 from experiments.study_records import Run, Study
 from lens_jax.claims import Missing
-
-Window = tuple[int, int]
+from models.command_line import UsageError
 
 
 @chz.chz
@@ -21,7 +22,9 @@ class Options:
     target: float | None = chz.field(
         default=None, doc="validation loss to compare at; none: the study's"
     )
-    window: Window = chz.field(default=(90, 200), doc="main rank window, at width 768")
+    window: Window | None = chz.field(
+        default=None, doc="main rank window, at width 768; none: the study's"
+    )
     tokens: int | None = chz.field(
         default=None, doc="token budget of an early exponent; none: the study's"
     )
@@ -36,9 +39,8 @@ class Options:
 
     @chz.validate
     def _ranges(self):
-        first, last = self.window
-        if not 1 <= first <= last - 2:
-            raise ValueError(f"window={first},{last}: give FIRST,LAST, 3 ranks or more")
+        if self.window is not None:
+            check_window(self.window)
         if not 0 < self.progress <= 1:
             raise ValueError(f"progress={self.progress}: give a share above 0 and up to 1")
         for key in ("target", "tokens", "batch", "tolerance"):
@@ -57,6 +59,28 @@ def target_of(study: Study, options: Options) -> float:
     if target is None:
         raise Missing("a target loss: the study has none, so give target=")
     return target
+
+
+def resolved(study: Study, options: Options) -> Options:
+    """The options with the study's window where none was asked for; figures read it as it is."""
+    return chz.replace(options, window=window_of(study, options.window))
+
+
+def check_target(study: Study, options: Options) -> None:
+    """Raises UsageError for a target below the loss at which runs stopped, for they end above it.
+
+    To rank them as if they had failed would put those first that were the last to be cut off.
+    """
+    target = options.target
+    if target is None:
+        return
+    stopped = [run for run in study.chosen if run.reached and not np.any(run.val["loss"] < target)]
+    if stopped:
+        least = max(run.config["target_loss"] for run in stopped)
+        raise UsageError(
+            f"target={target:g}: {len(stopped)} of {len(study.chosen)} runs stopped below loss "
+            f"{least:g} and never came so low; give target={least:g} or more"
+        )
 
 
 def narrowed(study: Study, options: Options, keep: Callable[[Run], bool]) -> Study:

@@ -30,7 +30,8 @@ from experiments.figures.prediction_tests import (
     left_out_text,
     order_claim,
 )
-from experiments.figures.trajectories import DEEP_WINDOW, span_text
+from experiments.figures.trajectories import span_text
+from experiments.rank_windows import DEEP_TIERS, window_of
 from experiments.statistics import FamilyPrediction, Prediction, predict
 from experiments.study_records import ACTIVATION, Study
 from lens_jax.axis_style import FAINT, INK, VERMILLION, line_handle, not_measured
@@ -38,7 +39,6 @@ from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verd
 from lens_jax.saved_run import layer_name, short_count
 
 INCHES = {2: (7.2, 4.0), 10: (7.2, 3.6)}
-DEEP_TIERS = ("d24", "d36", "d48")
 FEW = 3  # batches of a family that make an order
 EXCESS = "tokens beyond the family's best (%)"
 
@@ -53,8 +53,9 @@ def draw_2(figure: Figure, study: Study, options: Options) -> list[Claim]:
     """
     tokens = tokens_of(study, options)
     of_d12 = of_tiers(study, options, ("d12",))
-    shallow = _at_tokens(of_d12, tokens, options.window)
-    deep = _at_tokens(of_tiers(study, options, DEEP_TIERS), tokens, DEEP_WINDOW)
+    at_d12, beyond = (window_of(study, options.window, tier) for tier in ("d12", DEEP_TIERS[0]))
+    shallow = _at_tokens(of_d12, tokens, at_d12)
+    deep = _at_tokens(of_tiers(study, options, DEEP_TIERS), tokens, beyond)
     found = [prediction for prediction in (shallow, deep) if prediction is not None]
     if not found:
         raise Missing(
@@ -254,7 +255,7 @@ def _by_layer(study: Study, tokens: int, options: Options):
     for tier in ("d48", "d36", "d24", "d12"):
         part = of_tiers(study, options, (tier,))
         layers = max((run.layers(ACTIVATION) for run in part.chosen), key=len, default=[])
-        window = DEEP_WINDOW if tier in ("d36", "d48") else options.window
+        window = window_of(study, options.window, tier)
         looks = [
             _useful(predict(part, tokens=tokens, window=window, layer=layer))
             for layer in range(len(layers))

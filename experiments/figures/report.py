@@ -112,9 +112,11 @@ def page(study: Study, claims: Sequence[Claim], images: Mapping[str, Path], comm
 def _conditions(study: Study) -> list[str]:
     chosen, config = study.chosen, study.config
     ended = sum(run.finished for run in chosen)
+    gone = f", {len(study.given_up)} given up early" if study.given_up else ""
     rungs = dict.fromkeys(run.cell.rung for run in chosen)
     words = [
-        f"{len(chosen)} runs, {ended} ended, and {len(study.trials)} trials of learning rates",
+        f"{len(chosen)} runs, {ended} ended{gone}, "
+        f"and {len(study.trials)} trials of learning rates",
         f"{len(rungs)} rungs: {', '.join(rungs)}",
         f"tiers {', '.join(dict.fromkeys(run.cell.tier for run in chosen))}",
         f"batches {', '.join(map(str, sorted({run.batch for run in chosen})))}",
@@ -147,11 +149,11 @@ def _findings(claims: Sequence[Claim]) -> str:
     others = "".join(_card(*pair) for pair in pairs if pair[0].figure != PRIMARY)
     return f"""<p>{counts}.</p>
 <p class="note">Verdicts follow fixed rules. A claim decided by a test held with p \u2264 {LEVEL:g}
-and the expected sign, it did not hold with the other sign in a design that could have reached
-{LEVEL:g}, and all else is undecided at this scale; tests are two-sided where they do not say
-otherwise. q is p adjusted by Benjamini and Hochberg over the {tests} tests on this page: verdicts
-do not use it, and a claim that held with q above {LEVEL:g} deserves less trust. Claims without a
-test are decided by the rule in their sentence.</p>
+and the expected sign, it did not hold with p \u2264 {LEVEL:g} and the other sign, and all else is
+undecided at this scale; tests are two-sided where they do not say otherwise, and one of a single
+side can only hold or leave undecided. q is p adjusted by Benjamini and Hochberg over the {tests}
+tests on this page: verdicts do not use it, and a claim that held with q above {LEVEL:g} deserves
+less trust. Claims without a test are decided by the rule in their sentence.</p>
 {_cards("The primary test, declared before the runs, and its control", first)}\
 {_cards("All other findings, exploration", others)}"""
 
@@ -244,6 +246,10 @@ def _rerun(study: Study, command: str) -> str:
     )
     unfinished = "".join(f"<li>{_words(words)}</li>" for words in study.unfinished)
     waiting = f"<p>Not ended when this was written:</p><ul>{unfinished}</ul>" if unfinished else ""
+    names = [f"<li>{_words(run.name)}: by prune={run.given_up}</li>" for run in study.given_up]
+    waiting += (
+        f"<p>Given up early, so of unknown cost:</p><ul>{''.join(names)}</ul>" if names else ""
+    )
     return f"<p>{note}</p>\n<pre><code>{escape(trained + command)}</code></pre>\n{waiting}"
 
 

@@ -5,7 +5,7 @@ from html import escape
 
 from experiments.pruning import Pruned, retrospective
 from experiments.study.table import table_rows
-from experiments.study_records import Run, Study
+from experiments.study_records import GIVEN_UP, NOT_ENDED, Run, Study
 from lens_jax.claims import number
 
 NONE = "\u2013"
@@ -39,11 +39,16 @@ def grid_tables(study: Study) -> str:
 
 PRUNING = (
     ("rule", "what members are ranked by at the early tokens; chance: by nothing, expectations"),
-    ("kept", "members that go on in each family"),
+    ("kept", "members that go on in each family, at each seed by itself"),
     ("tokens saved", "share of the tokens of all members to their targets"),
-    ("regret", "tokens of the best member kept over those of the best of all, minus 1; mean"),
-    ("best kept", "share of families whose best member was kept"),
-    ("families", "families with more members that ended than are kept"),
+    (
+        "regret",
+        "tokens of the best member kept over those of the best of all, minus 1; mean over families "
+        "and seeds",
+    ),
+    ("best kept", "share of families and seeds whose best member was kept"),
+    ("families", "families with more members of a seed that ended than are kept"),
+    ("cases", "families times their seeds, each judged by itself; what the means are over"),
 )
 RULE_NAMES = {"alpha": "alpha", "loss": "early loss", "batch": "-log B", "chance": "chance"}
 KEPT = (1, 2)
@@ -52,7 +57,8 @@ KEPT = (1, 2)
 def pruning_table(study: Study) -> str:
     """What giving up members early would have saved and cost, by rule; says where nothing is known.
 
-    In hindsight: every member was trained, and the rules look at the early tokens of the study.
+    In hindsight: every member was trained, and the rules look at the early tokens of the study, at
+    one seed at a time; numbers are means over seeds and families.
     """
     try:
         found = [own for keep in KEPT for own in retrospective(study, keep)]
@@ -60,19 +66,21 @@ def pruning_table(study: Study) -> str:
         return f'<p class="note">{escape(str(reason))}</p>\n'
     if not found:
         return '<p class="note">No family has more ended members than would be kept.</p>\n'
-    return _table("pruned", "Rules, in hindsight", PRUNING, map(_pruning_row, found))
+    return _table(
+        "pruned", "Rules, in hindsight: means over seeds", PRUNING, map(_pruning_row, found)
+    )
 
 
 def _pruning_row(own: Pruned) -> Row:
     shares = (number(own.saved, ".1%"), number(own.regret, ".1%"), number(own.kept_best, ".0%"))
-    words = (RULE_NAMES[own.rule], str(own.keep), *shares, str(own.families))
+    words = (RULE_NAMES[own.rule], str(own.keep), *shares, str(own.families), str(own.cases))
     return [(word, None) for word in words]
 
 
 def _grid_row(row: Mapping) -> Row:
     """Cells of a chosen run; a run that missed the target sorts behind those that reached it."""
     tokens, excess = row.get("crossing_tokens"), row.get("excess")
-    missed = row["reason"] != "not ended" and tokens is None
+    missed = row["reason"] not in (NOT_ENDED, GIVEN_UP) and tokens is None
     cells = [
         (f"{row['lr_scale']:.3g}{'*' if row['edge'] else ''}", None),
         ("not reached", float("inf")) if missed else _count(tokens),
@@ -91,7 +99,7 @@ def _trial_row(run: Run) -> Row:
         (f"{run.lr_scale:.3g}", None),
         (number(loss, ".4f"), None),
         _count(step),
-        (run.result.get("reason", "given up"), None),
+        (run.result.get("reason", GIVEN_UP), None),
     ]
     return _named(*run.cell, run.seed, cells)
 

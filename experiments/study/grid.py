@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import chz
 
 from experiments.config import RunConfig
+from experiments.rank_windows import MAIN_WINDOW, check_window
 from experiments.resolve import own_words, resolve_here, run_name
 from experiments.study.presets import PRESETS
 from experiments.study.rates import rounded, transferred
@@ -66,15 +67,16 @@ class StudyConfig:
         default=250_000_000, doc="tokens at which efficiency is predicted, the primary test's"
     )
     window: tuple[int, int] = chz.field(
-        default=(90, 200), doc="rank window of the primary test, at width 768, last layer"
+        default=MAIN_WINDOW, doc="rank window of the primary test, at width 768, last layer"
     )
     match_tolerance: float = chz.field(
         default=0.005, doc="greatest distance in validation loss of states called matched"
     )
     prune: Literal["none", "alpha", "loss"] = chz.field(
-        default="none", doc="give up all but the best of a family at early_tokens, by this"
+        default="none",
+        doc="give up all but the best batches of a family at early_tokens, by this; seeds' mean",
     )
-    keep: int = chz.field(default=2, doc="members of a family that prune leaves")
+    keep: int = chz.field(default=2, doc="batches of a family that prune leaves, all their seeds")
     launcher: Literal["local", "slurm"] = chz.field(
         default="local", doc="processes on this machine, or an sbatch array"
     )
@@ -113,8 +115,7 @@ class StudyConfig:
             raise ValueError(f"lr={self.lr}: give a positive number, search or published")
         if not 0 < self.match_tolerance < float("inf"):
             raise ValueError(f"match_tolerance={self.match_tolerance}: give a positive loss")
-        if not 1 <= self.window[0] < self.window[1]:
-            raise ValueError(f"window={self.window}: give two ranks, the lower one first")
+        check_window(self.window)
         for text in self.more:
             parse_member(text)
         _parse_bases(self.lr_base)

@@ -1,10 +1,10 @@
-"""Which members a running study gives up at the early tokens, by what they show until then."""
+"""Which batches a running study gives up at the early tokens, by what they show until then."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import inf, isfinite, log
 
 from experiments.config import RunConfig
-from experiments.pruning import early_scores, select_survivors
+from experiments.pruning import batch_scores, early_scores, select_survivors
 from experiments.study.folder import StudyFolder
 from experiments.study.grid import Member, StudyConfig
 from experiments.study_records import Run, read_study
@@ -41,11 +41,13 @@ def early_pause(config: RunConfig, rule: str, tokens: int) -> int:
 def members_to_give_up(
     folder: StudyFolder, config: StudyConfig, members: Mapping[str, Member]
 ) -> list[Member]:
-    """Members by the names of their folders that do not go on, all but `keep` of each family.
+    """Members by the names of their folders that do not go on, all but `keep` batches a family.
 
-    What was decided once is kept in pruned.json and stays, also when seeds or batches are added.
-    A run without a score, one that diverged for instance, is given up first; one that has reached
-    its target by then is kept first.
+    A batch is judged by the mean over its seeds, and all of them go on or none: of a cell with one
+    seed given up no mean is known. What was decided once is kept in pruned.json and stays; seeds
+    added later go the way of their batch, batches added later go on. A batch with a run that has no
+    score, since it diverged for instance, is given up first; one that has reached its target by
+    then is kept first.
     """
     decided = folder.pruned
     if not members:
@@ -54,16 +56,39 @@ def members_to_give_up(
     found = {}
     for family in study.families:
         runs = [run for run in study.of(family) if run.name in members]
-        if family.name in decided or not runs:
+        if not runs:
             continue
         scores = early_scores(runs, config.prune, config.early_tokens, config.window)
         scores |= {run.name: inf for run in runs if _arrived(run, config.early_tokens)}
-        kept = select_survivors(scores, config.keep)
-        gone = {r.name: _finite(scores[r.name]) for r in runs if r.name not in kept}
-        found[family.name] = {"rule": config.prune, "kept": sorted(kept), "given_up": gone}
+        own = decided.get(family.name)
+        found[family.name] = _later(own, runs, scores) if own else _decide(config, runs, scores)
     folder.add_pruned(found)
     gone = [name for family in (decided | found).values() for name in family["given_up"]]
     return [members[name] for name in gone if name in members]
+
+
+def _decide(config: StudyConfig, runs: Sequence[Run], scores: Mapping[str, float]) -> dict:
+    """What pruned.json keeps of a family: scores of its batches, which runs go on, which do not."""
+    batches = batch_scores(runs, scores)
+    best = select_survivors(batches, config.keep)
+    return {
+        "rule": config.prune,
+        "batches": {str(batch): _finite(score) for batch, score in batches.items()},
+        "kept": sorted(run.name for run in runs if run.batch in best),
+        "given_up": {r.name: _finite(scores[r.name]) for r in runs if r.batch not in best},
+    }
+
+
+def _later(own: dict, runs: Sequence[Run], scores: Mapping[str, float]) -> dict:
+    """The same with runs that have come since, of batches of which none was kept."""
+    kept = {run.batch for run in runs if run.name in own["kept"]}
+    gone = {run.batch for run in runs if run.name in own["given_up"]} - kept
+    later = {
+        run.name: _finite(scores[run.name])
+        for run in runs
+        if run.batch in gone and run.name not in own["given_up"] and not run.finished
+    }
+    return own | {"given_up": own["given_up"] | later}
 
 
 def _arrived(run: Run, tokens: int) -> bool:

@@ -35,7 +35,7 @@ def _row(study: Study, run: Run, excess: dict[str, float]) -> dict:
     row = dict(zip(("rung", "tier", "batch"), run.cell, strict=True))
     row |= {"tokens_per_step": run.tokens_per_step, "seed": run.seed, "lr_scale": run.lr_scale}
     row["edge"] = bool(study.selected.get(run.cell.name, {}).get("edge"))
-    row["reason"] = result.get("reason", "not ended")
+    row["reason"] = run.state
     last = {} if not len(val["step"]) else {key: val[key][-1] for key in ("step", "tokens")}
     row["step"] = int(result.get("step", last.get("step", 0)))
     row["tokens"] = int(result.get("tokens", last.get("tokens", 0)))
