@@ -65,9 +65,11 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, first_value, context: Context, linear: Linear):  # two of (B, T, D)
-        """The output, and this layer's values before anything is mixed into them.
+        """The output (B, T, D), and taps like it.
 
-        first_value: the latter of the first layer, None in the first layer itself.
+        q and k as they are compared, v before anything is mixed into it, and z, what the heads have
+        gathered, before the output projection.
+        first_value: v of the first layer, None in the first layer itself.
         """
         arch, size = self.arch, self.size
         init = Initializers(arch, size.n_layer)
@@ -95,7 +97,8 @@ class CausalSelfAttention(nn.Module):
             mesh=self.mesh,
         ).reshape(x.shape)
         out = Dense(x.shape[-1], init.proj, self.dtype, bias=arch.proj_bias, name="c_proj")
-        return out(mixed, linear), value
+        taps = {"q": q.reshape(x.shape), "k": k.reshape(x.shape), "v": value, "z": mixed}
+        return out(mixed, linear), taps
 
     def _mix_values(self, value, first_value, context: Context):
         """Values with what arch.value mixes into them, in float32, cast back.
@@ -161,7 +164,8 @@ class Block(nn.Module):
             attend = CausalSelfAttention(
                 arch, self.size, self.dtype, self.layer, self.implementation, self.mesh, name="attn"
             )
-            taps["attn_out"], taps["v"] = attend(rms_norm(x, eps), first_value, context, linear)
+            taps["attn_out"], inside = attend(rms_norm(x, eps), first_value, context, linear)
+            taps |= inside
             x = x + taps["attn_out"]
         taps["resid_mid"] = x
         mlp = MLP(arch, self.size, self.dtype, name="mlp")

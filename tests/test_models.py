@@ -74,12 +74,15 @@ def test_loss_is_finite_and_near_that_of_a_guess(tiny):
 def test_taps_are_all_there_and_add_up(tiny):
     taps = tiny.taps(tiny.shaken, random_tokens())
     plan = layer_plan(tiny.config.arch, LAYERS)
+    attending = [i for i, layer in enumerate(plan) if layer.attention]
     names = {
         f"h_{i}/{tap}"
-        for i, layer in enumerate(plan)
+        for i in range(LAYERS)
         for tap in BLOCK_TAPS
-        if layer.attention or tap != "attn_out"
+        if i in attending or tap != "attn_out"
     }
+    inside = {f"h_{i}/{tap}" for i in attending for tap in "qkvz"}
+    assert names | inside == {name for name in taps if name.startswith("h_")}
     assert names | {"final_norm", "logits"} <= taps.keys()
     for name, tap in taps.items():
         assert tap.shape == (4, ROW, VOCAB if name == "logits" else WIDTH), name
@@ -88,6 +91,15 @@ def test_taps_are_all_there_and_add_up(tiny):
         stream, attn, middle, mlp, end = (taps.get(f"h_{i}/{name}", 0) for name in BLOCK_TAPS)
         np.testing.assert_allclose(stream + attn, middle, rtol=1e-6, atol=1e-5)
         np.testing.assert_allclose(middle + mlp, end, rtol=1e-6, atol=1e-5)
+    for i in attending:
+        kernel, bias = (
+            tiny.shaken[f"h_{i}"]["attn"]["c_proj"].get(k, 0) for k in ("kernel", "bias")
+        )
+        out = taps[f"h_{i}/z"].astype(np.float64) @ kernel + bias
+        np.testing.assert_allclose(out, taps[f"h_{i}/attn_out"], rtol=1e-4, atol=1e-4)
+        if tiny.config.arch.qk_norm:  # rotation keeps the length of a head
+            heads = taps[f"h_{i}/q"].reshape(4, ROW, tiny.config.size.n_head, -1)
+            np.testing.assert_allclose((heads**2).mean(-1), 1, rtol=1e-2)
     last = taps[f"h_{LAYERS - 1}/resid_post"].astype(np.float64)
     expected = last / np.sqrt((last**2).mean(-1, keepdims=True) + tiny.config.arch.norm_eps)
     np.testing.assert_allclose(taps["final_norm"], expected, rtol=1e-4, atol=1e-5)
