@@ -6,7 +6,7 @@ validation loss. Tests permute members within families, so that no family's leve
 Source: protocol spec 1.10 to 1.12. NumPy, float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from math import isfinite, log, nan
 from typing import NamedTuple
@@ -302,51 +302,6 @@ def seed_pairs(study: Study) -> list[tuple[Run, Run]]:
         if same and one.seed != other.seed and one.steps and other.steps:
             found.append((one, other))
     return found
-
-
-class Spread(NamedTuple):
-    """Standard deviation of a number over seeds (pooled over cells) and over a family's batches.
-
-    cells: those of several seeds; freedom, batch_freedom: degrees of freedom of the two, of numbers
-    that are finite.
-    """
-
-    seeds: float
-    batches: float
-    cells: int
-    freedom: int
-    batch_freedom: int
-
-    @property
-    def ratio(self) -> float:
-        """Batches over seeds: how far the effect stands above the noise."""
-        return self.batches / self.seeds if self.seeds > 0 else nan
-
-
-def seed_spread(study: Study, statistic: Callable[[Run], float]) -> Spread:
-    """Returns how a number of a run varies over seeds, and over batches in the same families.
-
-    Only families with a cell of two seeds or more count, for which the pooled standard deviation
-    over seeds has sum (n - 1) degrees of freedom. A number that is not finite is left out.
-    """
-    values: dict = {}
-    for run in study.chosen:
-        number = statistic(run)
-        if isfinite(number):
-            values.setdefault(run.cell, []).append(number)
-    repeated = {cell: np.array(own) for cell, own in values.items() if len(own) > 1}
-    families = {cell.family for cell in repeated}
-    squares = sum(float(np.sum((own - own.mean()) ** 2)) for own in repeated.values())
-    freedom = sum(own.size - 1 for own in repeated.values())
-    over_batches, batch_freedom = [], 0
-    for family in families:
-        means = [float(np.mean(own)) for cell, own in values.items() if cell.family == family]
-        if len(means) > 1:
-            over_batches.append(np.std(means, ddof=1))
-            batch_freedom += len(means) - 1
-    seeds = (squares / freedom) ** 0.5 if freedom else nan
-    batches = float(np.mean(over_batches)) if over_batches else nan
-    return Spread(seeds, batches, len(repeated), freedom, batch_freedom)
 
 
 def _median(values: Sequence[float]) -> float:

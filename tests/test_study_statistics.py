@@ -14,7 +14,6 @@ from experiments.statistics import (
     joint_tests,
     predict,
     seed_floor,
-    seed_spread,
 )
 from experiments.study_records import ACTIVATION, GRADIENT, Family, read_study
 from lens_jax.claims import sign_flip_test
@@ -267,12 +266,3 @@ def test_a_seed_that_still_trains_leaves_its_cell_open(partly):
     muon = predict(partly, seed=0).families[0]
     assert muon.family.rung == "muon"
     assert np.isneginf(muon.efficiency).sum() == 3
-
-
-def test_the_spread_over_seeds_is_the_pooled_one(study):
-    numbers = {run.name: float(place) for place, run in enumerate(study.chosen)}
-    found = seed_spread(study, lambda run: numbers[run.name])
-    seeds = [numbers[run.name] for run in study.chosen if run.cell.name == "flexwin-d12-b8"]
-    assert found.seeds == pytest.approx(np.std(seeds, ddof=1))
-    assert found.cells == 1
-    assert found.ratio == pytest.approx(found.batches / found.seeds)

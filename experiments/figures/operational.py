@@ -64,7 +64,7 @@ def draw_1(figure: Figure, study: Study, options: Options) -> list[Claim]:
     axes[1].set_title("(b) early tail")
     made, noise, _ = transitions(study, options)
     pair = _contrast(made)
-    _draw_contrast(axes[2], pair, noise.shapes)
+    _draw_contrast(axes[2], pair)
     axes[2].set_title("(c) two kinds of gain")
     if family.tier != "d12":
         noise = seed_noise(study, options, family.tier, matched)
@@ -160,16 +160,15 @@ def _contrast(made: Sequence[Transition]) -> list[Transition]:
     return chosen + faster[:1]
 
 
-def _draw_contrast(ax, pair: Sequence[Transition], noise: dict[str, float]) -> None:
+def _draw_contrast(ax, pair: Sequence[Transition]) -> None:
     """Changes in seed errors of a difference, or as they are where no cell has several seeds."""
     if not pair:
         not_measured(ax, "no two rungs that\nreached the target")
         return
-    scaled = any(isfinite(noise[name]) for name, _ in BARS)
+    scaled = any(isfinite(own.change_errors[name]) for own in pair for name, _ in BARS)
     height = 0.36
     for place, (own, colour) in enumerate(zip(pair, (BLUE, VERMILLION), strict=False)):
-        spread = (1 / len(own.before.runs) + 1 / len(own.after.runs)) ** 0.5
-        unit = [noise[name] * spread if scaled else 1.0 for name, _ in BARS]
+        unit = [own.change_errors[name] if scaled else 1.0 for name, _ in BARS]
         values = np.array([own.changes[name] for name, _ in BARS]) / unit
         places = np.arange(len(BARS)) + (place - 0.5) * height
         kept = np.isfinite(values)
