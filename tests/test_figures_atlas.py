@@ -285,15 +285,20 @@ def test_curves_need_a_loss(tmp_path):
 # 17
 
 
-def scale_heads(folder, heads):
-    """Gives the weights of a study head exponents {(rung, matrix): alpha}."""
+def scale_heads(folder, heads, moved=None):
+    """Gives the weights of a study head exponents {(rung, matrix): alpha}.
+
+    moved: by rung how much more it is in each further seed.
+    """
     ranks = np.arange(1, WIDTH + 1)
     for run in sorted((folder / "runs").iterdir()):
-        rung = json.loads((run / "config.json").read_text())["rung"]
+        config = json.loads((run / "config.json").read_text())
+        rung, seed = config["rung"], config["seed"]
+        more = seed * (moved or {}).get(rung, 0.0)
         for path in sorted((run / "spectra").glob("*.npz")):
             meta, arrays = read_step(path)
             for kernel, matrix in zip(KERNELS, ("output", "mlp"), strict=True):
-                arrays[f"{WEIGHT}/{kernel}"] = ranks ** -heads[rung, matrix]
+                arrays[f"{WEIGHT}/{kernel}"] = ranks ** -(heads[rung, matrix] + more)
             write_step(run / "spectra", meta["step"], arrays, meta)
     return read_study(folder)
 
@@ -338,6 +343,27 @@ def test_the_other_way_round_does_not_hold(spread):
         assert weights.separation(members, look)[0].statistic == pytest.approx(-test.statistic)
 
 
+def test_seeds_are_averaged_and_their_range_is_that_of_the_variants_compared(tmp_path):
+    """The variant of the widest range missed the target, so it says nothing of the others."""
+    rungs, seeds = ("baseline", "muon", "untied", "flexwin"), (0, 1)
+    cells = tuple((rung, "d12", 8, seeds) for rung in rungs)
+    folder = make_study(
+        tmp_path / "s", rungs=rungs, batches=(8,), seed_cells=cells,
+        censored=tuple(name("baseline", seed=seed) for seed in seeds),
+        **(SMALL | {"kinds": ("weight",)}),
+    )  # fmt: skip
+    heads = {(rung, m): 0.5 + 0.1 * k for k, rung in enumerate(rungs) for m in ("output", "mlp")}
+    moved = {"baseline": 0.4, "muon": 0.02, "untied": 0.01, "flexwin": 0.0}
+    study = scale_heads(folder, heads, moved)
+    (end, _), figure = drawn(weights.draw_17, study)
+    assert (end.n, end.seeds) == (3, 2)
+    assert end.control.endswith("there: W_O 0.020, MLP out 0.020")
+    means = [0.6 + 0.01, 0.7 + 0.005, 0.8]
+    assert f"W_O {np.std(means, ddof=1):.3f}" in end.sentence
+    marks = [line.get_xdata()[0] for line in figure.axes[3].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(marks, means)
+
+
 def test_looks_at_equal_tokens_take_rows_of_equal_tokens(study):
     members = [token_best(study, family, Options()) for family in study.families]
     end, equal = weights.find_looks(members)
@@ -345,7 +371,7 @@ def test_looks_at_equal_tokens_take_rows_of_equal_tokens(study):
     # planted: measured at doublings and at each run's own end, which no other run has
     assert {row.tokens for row in equal.rows.values()} == {2 ** int(np.log2(shortest))}
     assert equal.name == "at 262k tokens"
-    assert len(end.rows) == 4
+    assert len(end.present(members)) == 4
     assert end.rows[members[0].first.name].tokens > 2 * shortest
 
 

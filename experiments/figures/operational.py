@@ -53,7 +53,7 @@ def draw_1(figure: Figure, study: Study, options: Options) -> list[Claim]:
     """Draws the family of the most batches at equal loss; raises Missing without any of two."""
     matched = Matched(study, options)
     family, runs = _family(study, options, matched)
-    title(figure, 1, "Spectral diagnostics as operational tools")
+    title(figure, 1, "Spectra of batches, early alpha, and two kinds of gain")
     axes = figure.subplots(1, 3, width_ratios=(1.25, 0.9, 1.15))
     window = DEEP_WINDOW if family.tier in DEEP_TIERS else options.window
     batches = sorted({run.batch for run in study.of(family)})

@@ -226,7 +226,7 @@ def draw_10(figure: Figure, study: Study, options: Options) -> list[Claim]:
     tokens = tokens_of(study, options)
     tier, looks, layers = _by_layer(study, tokens, options)
     last = looks[-1]
-    title(figure, 10, f"Which layer's alpha predicts, at {tier}")
+    title(figure, 10, f"Early alpha of every layer, and tokens to the target, at {tier}")
     above, beside = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_layers(above, looks, layers)
     for family in last.families:

@@ -81,7 +81,7 @@ def draw_8(figure: Figure, study: Study, options: Options) -> list[Claim]:
     columns = 3 if len(families) <= 6 else 4 if len(families) <= 12 else 5
     rows = -(-len(families) // columns)
     figure.set_size_inches(INCHES[8][0], 2.5 + 2 * 1.12 * rows)
-    title(figure, 8, "How well alpha orders the batches, over training")
+    title(figure, 8, "Order of the batches by alpha, over training")
     above, below = figure.subfigures(2, 1)
     for sheet, curves, words_ in (
         (above, by_share, "(a) at a share of each run's tokens to the target"),

@@ -285,7 +285,7 @@ def _caption_text(study: Study, cell: Cell, looks: Sequence[Look], options: Opti
         spread = seed_spread(late.family, lambda run: log(crossing_tokens(run, study.target_loss)))
         parts.append(
             f"Seed sd of the tokens to the target: {number(spread.within, '.1%')}"
-            + (f", {number(spread.seeds, '.1%')} but for what a seed changes in all batches."
+            + (f"; {number(spread.seeds, '.1%')} without what a seed changes in all batches."
                if spread.crossed else ".")
         )  # fmt: skip
     return " ".join(parts)
