@@ -7,7 +7,7 @@ Source: protocol spec 1.10 to 1.12. NumPy, float64.
 """
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from math import isfinite, log, nan
 from typing import NamedTuple
 
@@ -302,6 +302,16 @@ def seed_pairs(study: Study) -> list[tuple[Run, Run]]:
         if same and one.seed != other.seed and one.steps and other.steps:
             found.append((one, other))
     return found
+
+
+def unlike_pairs(ones: Sequence[Run], others: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Pairs of runs of two cells with unlike seeds, all pairs where there are no such.
+
+    What a seed floor is of are pairs of unlike seeds; two cells' runs of one seed have their order
+    of the data in common and lie closer than that.
+    """
+    pairs = list(product(ones, others))
+    return [pair for pair in pairs if pair[0].seed != pair[1].seed] or pairs
 
 
 def _median(values: Sequence[float]) -> float:

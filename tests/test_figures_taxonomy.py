@@ -307,7 +307,7 @@ def test_shifts_are_divergences_in_seed_floors(study):
         for member in (first.before, first.after)
     ]
     floor = np.median([jsd(*pair) for pair in combinations(finals[1], 2)])
-    moved = np.mean([jsd(a, b) for a in finals[0] for b in finals[1]])
+    moved = np.mean([jsd(finals[0][0], b) for b in finals[1][1:]])  # of unlike seeds
     assert noise.floors[SPECTRA[0]] == pytest.approx(floor)
     assert first.shifts[SPECTRA[0]] == pytest.approx(moved / floor)
     heads = [[fit_power_law(v, 1, 10).alpha for v in own] for own in finals]
@@ -404,6 +404,18 @@ def test_figure_1(study):
     assert order.statistic == pytest.approx(1.0)
     assert order.verdict == "undecided"  # three batches cannot decide
     assert "rho of -log B alone 0.50" in order.sentence
+
+
+def test_batches_are_held_apart_by_pairs_of_unlike_seeds_as_the_floor_is(study):
+    family = next(own for own in study.families if own.rung == "muon")
+    finals = {}
+    for run in study.of(family):
+        finals.setdefault(run.batch, []).append(run.steps[-1].array(ACTIVATION, LAST))
+    assert [len(finals[batch]) for batch in (4, 8, 16)] == [1, 3, 1]
+    found = operational.separations(study, family, Matched(study, OPTIONS))
+    unlike = [[jsd(finals[batch][0], own) for own in finals[8][1:]] for batch in (4, 16)]
+    alone = jsd(finals[4][0], finals[16][0])  # one seed each, and the same
+    assert found == pytest.approx([np.median(unlike[0]), alone, np.median(unlike[1])])
 
 
 def test_figure_1_of_another_rung_and_without_early_rows(study):

@@ -11,7 +11,7 @@ matplotlib.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from math import comb, expm1, isfinite, log, log1p, nan
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from experiments.figures.options import Options, of_tiers, target_of, tolerance_
 from experiments.figures.speed import steady_throughput
 from experiments.figures.trajectories import Member, token_best
 from experiments.seed_spread import Spread, difference_error, seed_spread, t_test
-from experiments.statistics import seed_floor, seed_pairs
+from experiments.statistics import seed_floor, seed_pairs, unlike_pairs
 from experiments.study_records import ACTIVATION, GRADIENT, Run, Study
 from lens_jax.correlations import UNDEFINED, PermutationTest
 from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
@@ -276,7 +276,7 @@ def _transition(study, before: Member, after: Member, noise, matched, target) ->
     ends = before.runs, after.runs
     errors = tuple(difference_error(own, *ends) for own in (noise.tokens, noise.throughput))
     change_errors = {k: difference_error(own, *ends) for k, own in noise.shapes.items()}
-    pairs = list(product(before.runs, after.runs))
+    pairs = unlike_pairs(*ends)
     moved = {key: matched.divergence(pairs, *key) for key in SPECTRA}
     moved = {key: float(np.mean(own)) if own else float("nan") for key, own in moved.items()}
     changes = {}
