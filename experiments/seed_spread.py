@@ -57,11 +57,16 @@ class _Row(NamedTuple):
 
 
 def seed_spread(study: Study, statistic: Callable[[Run], float]) -> Spread:
+    """Returns how a number of a chosen run varies over seeds, and over batches of one family."""
+    return spread_of(study.chosen, statistic)
+
+
+def spread_of(runs: Sequence[Run], statistic: Callable[[Run], float]) -> Spread:
     """Returns how a number of a run varies over seeds, and over batches in the same families.
 
     Only families with a cell of two seeds or more count. A number that is not finite is left out.
     """
-    found = [_Row(run.cell, run.seed, statistic(run)) for run in study.chosen]
+    found = [_Row(run.cell, run.seed, statistic(run)) for run in runs]
     found = [row for row in found if isfinite(row.value)]
     counts: dict[Cell, int] = {}
     for row in found:

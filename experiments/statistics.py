@@ -21,6 +21,7 @@ from experiments.efficiency import (
     matched_row,
     ranks_of,
 )
+from experiments.seed_spread import spread_of
 from experiments.study_records import ACTIVATION, Family, Run, Study
 from lens_jax.alignment import Alpha
 from lens_jax.correlations import (
@@ -48,7 +49,9 @@ class FamilyPrediction(NamedTuple):
     What tokens to the target are is the mean of their logarithm; a batch of which one seed never
     reached it counts as never.
 
-    tokens: those of the states that alpha was taken from. efficiency: -inf for a batch that never
+    alpha_error: of the mean over several seeds their standard error, from the family's seeds
+    together; of one seed the jackknife error. tokens: those of the states that alpha was taken
+    from. efficiency: -inf for a batch that never
     reached the target. early_loss: validation loss at those states. rho_loss is of minus the loss,
     so that a good predictor of any kind has rho = 1. partial: of alpha given ln B, UNDEFINED for
     fewer than six members.
@@ -220,7 +223,11 @@ def _of_family(study: Study, family: Family, seed, state) -> FamilyPrediction | 
     """Means over the seeds of each batch: of ln T, of alpha and of the early loss."""
     runs = study.of(family, seed)
     batches = sorted({run.batch for run in runs})
-    rows = [_of_cell(study, [run for run in runs if run.batch == b], state) for b in batches]
+    states = {run.name: state(run) for run in runs}
+    alphas = {name: own[1].value for name, own in states.items() if own is not None}
+    sd = spread_of(runs, lambda run: alphas.get(run.name, nan)).seeds
+    cells = [[run for run in runs if run.batch == batch] for batch in batches]
+    rows = [_of_cell(study, own, states, sd) for own in cells]
     log_tokens = np.array([row.pop("log_tokens") for row in rows], np.float64)
     if not np.any(np.isfinite(log_tokens)):
         return None
@@ -230,14 +237,16 @@ def _of_family(study: Study, family: Family, seed, state) -> FamilyPrediction | 
     return family_prediction(family, batches, **columns)
 
 
-def _of_cell(study: Study, runs: list[Run], state) -> dict[str, float]:
-    found = list(filter(None, map(state, runs)))
+def _of_cell(study: Study, runs: list[Run], states: dict, sd: float) -> dict[str, float]:
+    """Means over the runs of a cell; states: of each run by name; sd: of alpha over seeds."""
+    found = [states[run.name] for run in runs if states[run.name] is not None]
     crossings = [crossing_tokens(run, study.target_loss) for run in runs]
-    errors = np.array([alpha.error for _, alpha, _ in found])
+    # Runs share their probe tokens, so the error of sampling is no smaller in a mean of them.
+    errors = [alpha.error for _, alpha, _ in found]
     return {
         "log_tokens": _mean([log(own) for own in crossings]),
         "alpha": _mean([alpha.value for _, alpha, _ in found]),
-        "alpha_error": float(np.sum(errors**2) ** 0.5 / errors.size) if errors.size else nan,
+        "alpha_error": sd / len(found) ** 0.5 if len(found) > 1 else _mean(errors),
         "r2": _mean([alpha.r2 for _, alpha, _ in found]),
         "tokens": _mean([own for own, _, _ in found]),
         "early_loss": _mean([loss for _, _, loss in found]),

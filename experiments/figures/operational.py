@@ -25,7 +25,7 @@ from experiments.figures.page import (
     title,
     words,
 )
-from experiments.figures.prediction_tests import least_p, members
+from experiments.figures.prediction_tests import ALPHA_BARS, least_p, members
 from experiments.figures.speed import timings_text
 from experiments.figures.taxonomy import LED, Matched, Transition, seed_noise, transitions
 from experiments.figures.trajectories import DEEP_WINDOW
@@ -252,7 +252,8 @@ def _caption_text(study, family: Family, runs, options: Options, window, pair, f
         f"n = {words(len(runs), 'batch')} of {family.name}, {seeds_text(study.of(family))}.{deep} "
         f"(a): last-layer activations, lowest seed, at loss {target_of(study, options):g} \u00b1 "
         f"{tolerance_of(study, options):g}; dashed: fits on ranks {ranks}. (b): the same ranks at "
-        f"{short_count(tokens_of(study, options))} tokens, bars: jackknife error.",
+        f"{short_count(tokens_of(study, options))} tokens, means over seeds; "
+        f"{ALPHA_BARS}.",
     ]
     if pair:
         parts.append(

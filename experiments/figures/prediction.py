@@ -24,6 +24,7 @@ from experiments.figures.page import (
     zero_line,
 )
 from experiments.figures.prediction_tests import (
+    ALPHA_BARS,
     best_look_p,
     beyond_claim,
     count_text,
@@ -240,8 +241,8 @@ def draw_10(figure: Figure, study: Study, options: Options) -> list[Claim]:
     part = of_tiers(study, options, (tier,))
     parts = (
         f"{_conditions(study, last)} (a: of every layer); rows at {rows} tokens, "
-        f"nearest to {short_count(tokens)}.{deep} Larger marks for larger batches, bars: jackknife "
-        "error of alpha.",
+        f"nearest to {short_count(tokens)}.{deep} Means over seeds; larger marks for larger "
+        f"batches; {ALPHA_BARS}.",
         _censored(last.families),
         left_out_text(part, [family.family for family in last.families]),
     )

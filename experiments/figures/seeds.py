@@ -25,8 +25,8 @@ from experiments.figures.page import (
     title,
     words,
 )
-from experiments.figures.taxonomy import ATTENTION, HEAD, TOP, spectrum
-from experiments.figures.trajectories import gradient_ranks, late_tokens, span_text
+from experiments.figures.taxonomy import ATTENTION, HEAD, TOP, head_alpha, spectrum
+from experiments.figures.trajectories import gradient_alpha, gradient_ranks, late_tokens, span_text
 from experiments.seed_spread import Spread, batches_test, seed_spread, small_effect_test
 from experiments.study_records import ACTIVATION, GRADIENT, Cell, Run, Study
 from lens_jax.axis_style import (
@@ -51,8 +51,7 @@ from lens_jax.claims import (
     number,
     p_text,
 )
-from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
-from lens_jax.saved_run import gradient_window
+from lens_jax.fits import GRAM_FLOOR, jsd, rankme, topk_share, window_alpha
 
 INCHES = {9: (7.2, 5.9)}
 PAPER_RUNG = "flexwin"
@@ -74,11 +73,11 @@ def statistics_of(run: Run, options: Options) -> tuple[Statistic, ...]:
     alpha = f"gradient alpha {theirs[0]}-{theirs[1]}" if theirs else "gradient alpha"
     act, grad = (ACTIVATION, None), (GRADIENT, ATTENTION)
     return (
-        Statistic(f"alpha {ranks[0]}-{ranks[1]}", *act, lambda v: fit_power_law(v, *ranks).alpha),
-        Statistic(f"alpha {HEAD[0]}-{HEAD[1]}", *act, lambda v: fit_power_law(v, *HEAD).alpha),
+        Statistic(f"alpha {ranks[0]}-{ranks[1]}", *act, lambda v: window_alpha(v, *ranks)),
+        Statistic(f"alpha {HEAD[0]}-{HEAD[1]}", *act, head_alpha),
         Statistic("top-10 share", *act, lambda v: topk_share(v, TOP)),
         Statistic("ln RankMe", *act, lambda v: log(rankme(v))),
-        Statistic(alpha, *grad, lambda v: fit_power_law(v, *gradient_window(v.size)).alpha),
+        Statistic(alpha, *grad, gradient_alpha),
         Statistic("gradient top 10", *grad, lambda v: topk_share(v, TOP)),
         Statistic("gradient ln RankMe", *grad, lambda v: log(rankme(v, GRAM_FLOOR))),
     )

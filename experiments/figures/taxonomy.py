@@ -25,7 +25,7 @@ from experiments.seed_spread import Spread, difference_error, seed_spread, t_tes
 from experiments.statistics import seed_floor, seed_pairs, unlike_pairs
 from experiments.study_records import ACTIVATION, GRADIENT, Run, Study
 from lens_jax.correlations import UNDEFINED, PermutationTest
-from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
+from lens_jax.fits import GRAM_FLOOR, jsd, rankme, topk_share, window_alpha
 from lens_jax.step_files import StepFile
 from models.ladder import LADDERS
 
@@ -103,14 +103,19 @@ class Shape(NamedTuple):
 
 
 def head_alpha(values: np.ndarray) -> float:
-    """The exponent on ranks 1-10, whatever the width."""
-    return fit_power_law(values, *HEAD).alpha
+    """The exponent of eigenvalues on ranks 1-10, whatever the width."""
+    return window_alpha(values, *HEAD)
+
+
+def gradient_head(values: np.ndarray) -> float:
+    """The same of singular values, NaN where they fall to the rounding of their Gram matrix."""
+    return window_alpha(values, *HEAD, GRAM_FLOOR)
 
 
 SHAPES = {
     "activation head": Shape(ACTIVATION, None, head_alpha),
     "activation top 10": Shape(ACTIVATION, None, lambda values: topk_share(values, TOP)),
-    "gradient head": Shape(GRADIENT, ATTENTION, head_alpha),
+    "gradient head": Shape(GRADIENT, ATTENTION, gradient_head),
     "gradient top 10": Shape(GRADIENT, ATTENTION, lambda values: topk_share(values, TOP)),
     "gradient ln RankMe": Shape(
         GRADIENT, ATTENTION, lambda values: float(np.log(rankme(values, GRAM_FLOOR)))
