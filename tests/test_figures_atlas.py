@@ -239,6 +239,7 @@ def test_crossings_are_marked_where_the_target_is_crossed(uneven):
     assert name("muon", batch=16) in reached.sentence
     assert (decay.n, decay.verdict) == (2, "did not hold")
     assert decay.statistic == pytest.approx(1 / 2)
+    assert "compare with reserve" in decay.sentence
 
 
 def test_curves_are_dashed_from_the_decay_on_and_training_losses_stand_apart(uneven):
@@ -264,6 +265,7 @@ def test_a_run_without_rates_is_no_evidence_of_when_they_decay(uneven):
         edit_metrics(uneven.path, name("muon", batch=batch), without_rate)
         (_, decay), figure = drawn(curves.draw_12, read_study(uneven.path))
         assert (decay.n, decay.verdict) == ((1, "held") if batch == 4 else (0, "undecided"))
+        assert "compare with reserve" not in decay.sentence  # none is on the other side
     assert "2 more crossed and logged no rate" in decay.sentence
     solid = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     assert all(not line.is_dashed() for line in solid)

@@ -251,7 +251,8 @@ def _caption_text(study, family: Family, runs, options: Options, window, pair, f
     parts = [
         f"n = {words(len(runs), 'batch')} of {family.name}, {seeds_text(study.of(family))}.{deep} "
         f"(a): last-layer activations, lowest seed, at loss {target_of(study, options):g} \u00b1 "
-        f"{tolerance_of(study, options):g}; dashed: fits on ranks {ranks}. (b): the same ranks at "
+        f"{tolerance_of(study, options):g}; dashed: fits on ranks "
+        f"{ranks}, \u00b1 jackknife error. (b): the same ranks at "
         f"{short_count(tokens_of(study, options))} tokens, means over seeds; "
         f"{ALPHA_BARS}.",
     ]

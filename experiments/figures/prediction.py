@@ -34,7 +34,7 @@ from experiments.figures.prediction_tests import (
 from experiments.figures.trajectories import DEEP_WINDOW, span_text
 from experiments.statistics import FamilyPrediction, Prediction, predict
 from experiments.study_records import ACTIVATION, Study
-from lens_jax.axis_style import FAINT, INK, VERMILLION, line_handle, not_measured
+from lens_jax.axis_style import FAINT, INK, line_handle, not_measured
 from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
 from lens_jax.saved_run import layer_name, short_count
 
@@ -164,7 +164,7 @@ def _draw_rhos(ax, families: Sequence[FamilyPrediction]) -> None:
     names = [f.family.rung if tiers == {"d12"} else f.family.name for f in families]
     for place, family in enumerate(families):
         style = family_line(family.family.rung)
-        ax.plot(family.rho_batch.statistic, place, "o", ms=8, mfc="none", mec=VERMILLION)
+        ax.plot(family.rho_batch.statistic, place, "o", ms=8, mfc="none", mec=INK)
         ax.plot(family.rho_loss.statistic, place, "|", ms=10, color=FAINT, mew=1.6)
         ax.plot(family.rho_alpha.statistic, place, ls="", **style)
     ax.axvline(0, color=FAINT, lw=0.7)
@@ -173,7 +173,7 @@ def _draw_rhos(ax, families: Sequence[FamilyPrediction]) -> None:
     ax.set(xlim=(-1.12, 1.12), xticks=(-1, 0, 1), xlabel=r"$\rho$ with token efficiency")
     handles = [
         line_handle(INK, "", "o", r"$\alpha$"),
-        line_handle(VERMILLION, "", "o", r"$-\log B$"),
+        line_handle(INK, "", "o", r"$-\log B$"),
         line_handle(FAINT, "", "|", "early loss"),
     ]
     handles[1].set(markerfacecolor="none", markersize=7)
@@ -283,7 +283,7 @@ def _draw_layers(ax, looks: Sequence[Prediction], layers: Sequence[str]) -> None
     if len(rhos) > 1:
         ax.plot(places, np.mean(list(rhos.values()), axis=0), color=INK, lw=2.4, label="mean")
     control = looks[-1].batch.statistic
-    ax.axhline(control, color=VERMILLION, ls=(0, (4, 2)), lw=1.2, label=r"$-\log B$, mean")
+    ax.axhline(control, color=INK, ls=(0, (4, 2)), lw=1.2, label=r"$-\log B$, mean")
     zero_line(ax)
     ax.set_xticks(places, layers)
     ax.set_yticks((-1, -0.5, 0, 0.5, 1))

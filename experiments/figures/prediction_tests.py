@@ -22,7 +22,7 @@ from experiments.study_records import Family, Study
 from lens_jax.claims import Claim, number, p_text, sign_flip_test, verdict
 from lens_jax.correlations import PermutationTest, alike_permutation_p, max_over_looks_p
 
-ALPHA_BARS = "bars: standard error over seeds, of one seed the jackknife error"
+ALPHA_BARS = "bars: error of the mean over seeds, from all batches of a family (of one: jackknife)"
 """What bars of `FamilyPrediction.alpha_error` are, for a caption."""
 
 
