@@ -9,9 +9,9 @@ from math import exp, inf, log, nan
 
 import numpy as np
 
-from experiments.study_records import ACTIVATION, Run
+from experiments.study_records import ACTIVATION, GRADIENT, Run
 from lens_jax.alignment import RATIO_TOLERANCE, Alpha, alpha_of, at_loss, at_tokens
-from lens_jax.fits import REFERENCE_WIDTH, scale_ranks
+from lens_jax.fits import COVARIANCE_FLOOR, GRAM_FLOOR, REFERENCE_WIDTH, scale_ranks
 from lens_jax.step_files import StepFile
 
 
@@ -82,7 +82,8 @@ def ranks_of(run: Run, window: tuple[int, int]) -> tuple[int, int]:
 
 def alpha_at(row: StepFile, site: str, ranks: tuple[int, int], kind: str = ACTIVATION) -> Alpha:
     """Returns the exponent of a recorded spectrum on ranks as they are."""
-    return alpha_of(row.array(kind, site), ranks, row.left_out(kind, site))
+    floor = GRAM_FLOOR if kind.startswith(GRADIENT) else COVARIANCE_FLOOR
+    return alpha_of(row.array(kind, site), ranks, row.left_out(kind, site), floor)
 
 
 def early_row(run: Run, tokens: float, tolerance: float = RATIO_TOLERANCE) -> StepFile | None:

@@ -18,7 +18,7 @@ from experiments.resolve import from_flat, read_stored, sized_by
 from experiments.schedule import make_schedule
 from experiments.setup import hold_out
 from experiments.stops import failed_record_in_one_line
-from lens_jax.fits import fit_power_law, rankme
+from lens_jax.fits import rankme, window_alpha
 from lens_jax.jackknife import estimate
 from lens_jax.records import read_step, step_path
 from lens_jax.saved_run import depth, display_windows, layer_name
@@ -204,7 +204,7 @@ def _print_results(folder: Path, steps: list[int], tier: str) -> None:
     table.add_column(f"RankMe, {layer_name(site)}")
 
     def alpha(spectrum):
-        return fit_power_law(spectrum, *window).alpha
+        return window_alpha(spectrum, *window)
 
     for meta, arrays in rows:
         table.add_row(

@@ -6,8 +6,8 @@ validation loss. Tests permute members within families, so that no family's leve
 Source: protocol spec 1.10 to 1.12. NumPy, float64.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, product
 from math import isfinite, log, nan
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from experiments.efficiency import (
     matched_row,
     ranks_of,
 )
+from experiments.seed_spread import spread_of
 from experiments.study_records import ACTIVATION, Family, Run, Study
 from lens_jax.alignment import Alpha
 from lens_jax.correlations import (
@@ -48,7 +49,9 @@ class FamilyPrediction(NamedTuple):
     What tokens to the target are is the mean of their logarithm; a batch of which one seed never
     reached it counts as never.
 
-    tokens: those of the states that alpha was taken from. efficiency: -inf for a batch that never
+    alpha_error: of the mean over several seeds their standard error, from the family's seeds
+    together; of one seed the jackknife error. tokens: those of the states that alpha was taken
+    from. efficiency: -inf for a batch that never
     reached the target. early_loss: validation loss at those states. rho_loss is of minus the loss,
     so that a good predictor of any kind has rho = 1. partial: of alpha given ln B, UNDEFINED for
     fewer than six members.
@@ -220,7 +223,11 @@ def _of_family(study: Study, family: Family, seed, state) -> FamilyPrediction | 
     """Means over the seeds of each batch: of ln T, of alpha and of the early loss."""
     runs = study.of(family, seed)
     batches = sorted({run.batch for run in runs})
-    rows = [_of_cell(study, [run for run in runs if run.batch == b], state) for b in batches]
+    states = {run.name: state(run) for run in runs}
+    alphas = {name: own[1].value for name, own in states.items() if own is not None}
+    sd = spread_of(runs, lambda run: alphas.get(run.name, nan)).seeds
+    cells = [[run for run in runs if run.batch == batch] for batch in batches]
+    rows = [_of_cell(study, own, states, sd) for own in cells]
     log_tokens = np.array([row.pop("log_tokens") for row in rows], np.float64)
     if not np.any(np.isfinite(log_tokens)):
         return None
@@ -230,14 +237,16 @@ def _of_family(study: Study, family: Family, seed, state) -> FamilyPrediction | 
     return family_prediction(family, batches, **columns)
 
 
-def _of_cell(study: Study, runs: list[Run], state) -> dict[str, float]:
-    found = list(filter(None, map(state, runs)))
+def _of_cell(study: Study, runs: list[Run], states: dict, sd: float) -> dict[str, float]:
+    """Means over the runs of a cell; states: of each run by name; sd: of alpha over seeds."""
+    found = [states[run.name] for run in runs if states[run.name] is not None]
     crossings = [crossing_tokens(run, study.target_loss) for run in runs]
-    errors = np.array([alpha.error for _, alpha, _ in found])
+    # Runs share their probe tokens, so the error of sampling is no smaller in a mean of them.
+    errors = [alpha.error for _, alpha, _ in found]
     return {
         "log_tokens": _mean([log(own) for own in crossings]),
         "alpha": _mean([alpha.value for _, alpha, _ in found]),
-        "alpha_error": float(np.sum(errors**2) ** 0.5 / errors.size) if errors.size else nan,
+        "alpha_error": sd / len(found) ** 0.5 if len(found) > 1 else _mean(errors),
         "r2": _mean([alpha.r2 for _, alpha, _ in found]),
         "tokens": _mean([own for own, _, _ in found]),
         "early_loss": _mean([loss for _, _, loss in found]),
@@ -304,49 +313,14 @@ def seed_pairs(study: Study) -> list[tuple[Run, Run]]:
     return found
 
 
-class Spread(NamedTuple):
-    """Standard deviation of a number over seeds (pooled over cells) and over a family's batches.
+def unlike_pairs(ones: Sequence[Run], others: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Pairs of runs of two cells with unlike seeds, all pairs where there are no such.
 
-    cells: those of several seeds; freedom, batch_freedom: degrees of freedom of the two, of numbers
-    that are finite.
+    What a seed floor is of are pairs of unlike seeds; two cells' runs of one seed have their order
+    of the data in common and lie closer than that.
     """
-
-    seeds: float
-    batches: float
-    cells: int
-    freedom: int
-    batch_freedom: int
-
-    @property
-    def ratio(self) -> float:
-        """Batches over seeds: how far the effect stands above the noise."""
-        return self.batches / self.seeds if self.seeds > 0 else nan
-
-
-def seed_spread(study: Study, statistic: Callable[[Run], float]) -> Spread:
-    """Returns how a number of a run varies over seeds, and over batches in the same families.
-
-    Only families with a cell of two seeds or more count, for which the pooled standard deviation
-    over seeds has sum (n - 1) degrees of freedom. A number that is not finite is left out.
-    """
-    values: dict = {}
-    for run in study.chosen:
-        number = statistic(run)
-        if isfinite(number):
-            values.setdefault(run.cell, []).append(number)
-    repeated = {cell: np.array(own) for cell, own in values.items() if len(own) > 1}
-    families = {cell.family for cell in repeated}
-    squares = sum(float(np.sum((own - own.mean()) ** 2)) for own in repeated.values())
-    freedom = sum(own.size - 1 for own in repeated.values())
-    over_batches, batch_freedom = [], 0
-    for family in families:
-        means = [float(np.mean(own)) for cell, own in values.items() if cell.family == family]
-        if len(means) > 1:
-            over_batches.append(np.std(means, ddof=1))
-            batch_freedom += len(means) - 1
-    seeds = (squares / freedom) ** 0.5 if freedom else nan
-    batches = float(np.mean(over_batches)) if over_batches else nan
-    return Spread(seeds, batches, len(repeated), freedom, batch_freedom)
+    pairs = list(product(ones, others))
+    return [pair for pair in pairs if pair[0].seed != pair[1].seed] or pairs
 
 
 def _median(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lens_jax.fits import fit_power_law
+from lens_jax.fits import COVARIANCE_FLOOR, fit_power_law
 from lens_jax.jackknife import alpha_error
 from lens_jax.step_files import StepFile as Row
 
@@ -39,14 +39,18 @@ class Alpha(NamedTuple):
 
 
 def alpha_of(
-    values: np.ndarray, ranks: tuple[int, int], left_out: np.ndarray | None = None
+    values: np.ndarray,
+    ranks: tuple[int, int],
+    left_out: np.ndarray | None = None,
+    floor: float = COVARIANCE_FLOOR,
 ) -> Alpha:
-    """Returns the exponent of a spectrum (D,) on ranks as they are.
+    """Returns the exponent of a spectrum (D,) on ranks as they are, NaN where it ends inside them.
 
     left_out: (G, D), the same with each group of windows left out; None if it was not recorded.
+    floor: as of `fit_power_law`.
     """
-    fit = fit_power_law(values, *ranks)
-    error = nan if left_out is None else alpha_error(left_out, fit.first, fit.last)
+    fit = fit_power_law(values, *ranks, floor).on_whole(ranks[1], np.size(values))
+    error = nan if left_out is None else alpha_error(left_out, *ranks, floor)
     return Alpha(fit.alpha, fit.r2, error, fit.first, fit.last)
 
 

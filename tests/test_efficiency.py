@@ -20,8 +20,12 @@ from experiments.efficiency import (
     matched_row,
     ranks_of,
 )
+from experiments.figures.taxonomy import gradient_head
+from experiments.figures.trajectories import gradient_alpha
 from experiments.study_records import ACTIVATION, Run, read_study
-from lens_jax.fits import fit_power_law
+from lens_jax.alignment import alpha_of
+from lens_jax.fits import GRAM_FLOOR, fit_power_law, window_alpha
+from lens_jax.saved_run import gradient_window
 
 
 class Curve(Run):
@@ -36,6 +40,31 @@ class Curve(Run):
     @property
     def val(self):
         return self._columns
+
+
+def test_a_spectrum_that_ends_inside_the_ranks_has_no_exponent():
+    """One rule for points of figures and rows of a table."""
+    values = np.arange(1, 97) ** -2.0
+    assert alpha_of(values, (11, 25)).value == pytest.approx(2.0)
+    values[18:] = 1e-9 * values[0]  # rounding
+    found = alpha_of(values, (11, 25), np.stack([values, values]))
+    assert isnan(found.value)
+    assert isnan(window_alpha(values, 11, 25))
+    assert isnan(found.r2)
+    assert isnan(found.error)
+    assert alpha_of(values, (6, 12)).value == pytest.approx(2.0)
+
+
+def test_gradients_end_at_the_rounding_of_their_gram_matrix():
+    """Ten directions and rounding at 1e-5 of the largest: no exponent on ranks 4-19."""
+    values = np.where(np.arange(64) < 10, 1.0 / np.arange(1, 65), 1e-5)
+    assert gradient_window(values.size) == (4, 19)
+    assert isnan(gradient_alpha(values))
+    assert isnan(alpha_of(values, (4, 19), floor=GRAM_FLOOR).value)
+    assert fit_power_law(values, 4, 19).alpha > 5  # what the floor of a covariance would say
+    assert gradient_head(values) == pytest.approx(1.0)
+    values[7:] = 1e-5
+    assert isnan(gradient_head(values))
 
 
 def test_the_crossing_is_interpolated_in_the_logarithm_of_tokens():

@@ -1,30 +1,25 @@
-"""Figures 12 to 17: curves are the numbers of the records, and claims are those of their tests."""
+"""Figures 12 to 16: curves are the numbers of the records, and claims are those of their tests."""
 
 import json
-from itertools import permutations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic_language_study import TARGET, WIDTH, make_study, name
+from synthetic_language_study import TARGET, make_study, name
 
-from experiments.figures import atlas, curves, weights
+from experiments.figures import atlas, curves
 from experiments.figures.options import Options, resolved
 from experiments.figures.trajectories import (
     ALPHAS,
     RANKMES,
     follow,
-    late_tokens,
-    span_text,
     token_best,
     trajectory_rho,
 )
-from experiments.study_records import ACTIVATION, GRADIENT, WEIGHT, Family, read_study
+from experiments.study_records import ACTIVATION, GRADIENT, Family, read_study
 from lens_jax.claims import Missing
 from lens_jax.correlations import spearman
 from lens_jax.fits import fit_power_law, rankme
-from lens_jax.records import read_step, write_step
 
 LAST = "h_11/resid_post"
 KERNELS = ("h_11/attn/c_proj/kernel", "h_11/mlp/c_proj/kernel")
@@ -239,6 +234,7 @@ def test_crossings_are_marked_where_the_target_is_crossed(uneven):
     assert name("muon", batch=16) in reached.sentence
     assert (decay.n, decay.verdict) == (2, "did not hold")
     assert decay.statistic == pytest.approx(1 / 2)
+    assert "compare with reserve" in decay.sentence
 
 
 def test_curves_are_dashed_from_the_decay_on_and_training_losses_stand_apart(uneven):
@@ -264,6 +260,7 @@ def test_a_run_without_rates_is_no_evidence_of_when_they_decay(uneven):
         edit_metrics(uneven.path, name("muon", batch=batch), without_rate)
         (_, decay), figure = drawn(curves.draw_12, read_study(uneven.path))
         assert (decay.n, decay.verdict) == ((1, "held") if batch == 4 else (0, "undecided"))
+        assert "compare with reserve" not in decay.sentence  # none is on the other side
     assert "2 more crossed and logged no rate" in decay.sentence
     solid = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     assert all(not line.is_dashed() for line in solid)
@@ -280,104 +277,3 @@ def test_curves_need_a_loss(tmp_path):
     edit_metrics(folder, name("muon", batch=8), lambda row: None)
     with pytest.raises(Missing, match="preset=fig12"):
         drawn(curves.draw_12, read_study(folder))
-
-
-# 17
-
-
-def scale_heads(folder, heads):
-    """Gives the weights of a study head exponents {(rung, matrix): alpha}."""
-    ranks = np.arange(1, WIDTH + 1)
-    for run in sorted((folder / "runs").iterdir()):
-        rung = json.loads((run / "config.json").read_text())["rung"]
-        for path in sorted((run / "spectra").glob("*.npz")):
-            meta, arrays = read_step(path)
-            for kernel, matrix in zip(KERNELS, ("output", "mlp"), strict=True):
-                arrays[f"{WEIGHT}/{kernel}"] = ranks ** -heads[rung, matrix]
-            write_step(run / "spectra", meta["step"], arrays, meta)
-    return read_study(folder)
-
-
-@pytest.fixture(scope="module")
-def spread(tmp_path_factory):
-    """Five rungs whose MLP outputs differ three times as much as their W_O."""
-    rungs = ("baseline", "rope", "muon", "untied", "flexwin")
-    folder = tmp_path_factory.mktemp("heads") / "s"
-    make_study(folder, rungs=rungs, **ONE_BATCH, **(SMALL | {"kinds": ("weight",)}))
-    order = (0, 2, 1, 3, 4)
-    heads = {(r, "output"): 0.4 + 0.01 * place for r, place in zip(rungs, order, strict=True)}
-    heads |= {(rung, "mlp"): 0.3 + 0.03 * place for place, rung in enumerate(rungs)}
-    return scale_heads(folder, heads)
-
-
-def test_mlp_outputs_that_differ_more_are_found(spread):
-    claims, figure = drawn(weights.draw_17, spread)
-    end, equal = claims  # no run came near step 1600
-    output, mlp = 0.01 * np.array([0, 2, 1, 3, 4]), 0.03 * np.arange(5)
-    assert f"MLP out {np.std(mlp, ddof=1):.3f}, W_O {np.std(output, ddof=1):.3f}" in end.sentence
-    rho = spearman(mlp + output, mlp - output)
-    orders = [spearman(mlp + output, order) for order in permutations(mlp - output)]
-    assert end.statistic == equal.statistic == pytest.approx(rho)
-    assert end.p == pytest.approx(np.mean(np.abs(orders) >= rho - 1e-9))
-    assert (end.n, end.seeds, end.window, end.verdict) == (5, 1, "1-10", "held")
-    assert "near step 1600" in caption_of(figure)
-    left, right = figure.axes[2:4]
-    assert left.get_xlim() == right.get_xlim()
-    heads = [line.get_xdata()[0] for line in right.lines if line.get_marker() == "o"]
-    np.testing.assert_allclose(heads, 0.3 + mlp)
-
-
-def test_the_other_way_round_does_not_hold(spread):
-    members = [token_best(spread, family, Options()) for family in spread.families]
-    look = weights.find_looks(members)[0]
-    test, output, mlp = weights.separation(members, look)
-    assert mlp > 2 * output
-    swapped = [*weights.MATRICES][::-1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "MATRICES", tuple(swapped))
-        assert weights.separation(members, look)[0].statistic == pytest.approx(-test.statistic)
-
-
-def test_looks_at_equal_tokens_take_rows_of_equal_tokens(study):
-    members = [token_best(study, family, Options()) for family in study.families]
-    end, equal = weights.find_looks(members)
-    shortest = min(row.tokens for row in end.rows.values())
-    # planted: measured at doublings and at each run's own end, which no other run has
-    assert {row.tokens for row in equal.rows.values()} == {2 ** int(np.log2(shortest))}
-    assert equal.name == "at 262k tokens"
-    assert len(end.rows) == 4
-    assert end.rows[members[0].first.name].tokens > 2 * shortest
-
-
-def at(tokens):
-    return SimpleNamespace(tokens=tokens)
-
-
-def test_equal_tokens_are_the_same_tokens_where_runs_share_any():
-    runs = [[at(n) for n in own] for own in ((0, 100, 200, 400), (0, 200, 390), (200, 410))]
-    assert late_tokens(runs) == 200  # though within 18 % all have a row at 400
-    apart = [[at(0), at(400)], [at(390)], [at(200), at(410)]]
-    assert late_tokens(apart) == 410
-    assert late_tokens([[at(0), at(100)], [at(0), at(200)]]) is None
-    assert (span_text([390, 410, 400]), span_text([400, 400])) == ("390 to 410", "400")
-
-
-def test_variants_that_missed_the_target_are_named_and_are_not_at_its_end(tmp_path):
-    rungs = ("baseline", "muon", "untied", "flexwin")
-    lost = (name("baseline"),)
-    study = read_study(
-        make_study(tmp_path / "s", rungs=rungs, censored=lost, **ONE_BATCH,
-                   **(SMALL | {"kinds": ("weight",)}))
-    )  # fmt: skip
-    (end, equal), figure = drawn(weights.draw_17, study)
-    assert (end.n, equal.n) == (3, 4)
-    said = caption_of(figure)
-    assert "n = 3 variants at the batch that needed the fewest tokens (muon 8, untied 8," in said
-    assert "Target not reached or run not ended: baseline-d12." in said
-
-
-def test_weights_that_were_not_measured_are_named(tmp_path):
-    none = SMALL | {"kinds": ("activation",)}
-    study = read_study(make_study(tmp_path / "s", rungs=("muon",), **ONE_BATCH, **none))
-    with pytest.raises(Missing, match="preset=fig17"):
-        drawn(weights.draw_17, study)

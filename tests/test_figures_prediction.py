@@ -249,13 +249,11 @@ def test_curves_are_correlations_in_both_alignments(study):
             early_row(run, tokens) for run in study.chosen if run.cell.rung == "muon"
         )
         if row_everywhere:
-            assert rho == pytest.approx(expected + prediction_curves.APART, abs=1e-9)
+            assert rho == pytest.approx(expected, abs=1e-9)
         else:
             assert np.isnan(rho)
     main = [line for line in above.axes[0].lines if line.get_linewidth() == 1.8]
-    assert main[0].get_ydata()[-1] == pytest.approx(
-        naive_rho(study, "baseline", share=1.0) + prediction_curves.APART
-    )
+    assert main[0].get_ydata()[-1] == pytest.approx(naive_rho(study, "baseline", share=1.0))
     control = [line for line in above.axes[0].lines if line.get_linestyle() == (0, (4, 2))]
     assert all(line.get_ydata()[0] == pytest.approx(0.8) for line in control)
     assert [claim.figure for claim in claims] == ["8"] * 3
@@ -264,6 +262,23 @@ def test_curves_are_correlations_in_both_alignments(study):
     said = caption_of(figure)
     for words in ("n = 3 families", "ranks of 10-40, 40-90, 90-200 at width 768", "R2"):
         assert words in said
+
+
+@pytest.mark.parametrize("window", [(10, 40), (20, 60)])
+def test_the_thick_line_is_that_of_the_main_window_in_its_place(study, window):
+    """One of the figure's own windows, and one beside them."""
+    _, figure = drawn(prediction_curves.draw_8, study, window=window)
+    ax = figure.subfigs[1].axes[1]
+    (main,) = [line for line in ax.lines if line.get_linewidth() == 1.8]
+    others = [line for line in ax.lines if line.get_linewidth() == 1.0]
+    assert main.get_color() == prediction_curves.COLOURS.get(window, prediction_curves.GREEN)
+    assert len(others) == (2 if window in prediction_curves.WINDOWS else 3)
+    at = list(main.get_xdata()).index(2**16)
+    own = next(f for f in predict(study, window=window).families if f.family.rung == "muon")
+    assert main.get_ydata()[at] == pytest.approx(own.rho_alpha.statistic)
+    moved = prediction_curves.offsets((*prediction_curves.WINDOWS, window), window)
+    assert moved[window] == 0
+    assert len(set(moved.values())) == len(moved)
 
 
 def test_saturation_is_not_found_where_nothing_is_planted(nothing):

@@ -2,6 +2,7 @@
 
 from itertools import combinations
 from shutil import rmtree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from synthetic_language_study import make_study, name
 from experiments.efficiency import early_row
 from experiments.figures import optimizers, seeds
 from experiments.figures.options import Options, resolved
+from experiments.seed_spread import Spread
 from experiments.study_records import ACTIVATION, read_study
 from lens_jax.claims import Missing
 from lens_jax.fits import fit_power_law, jsd
@@ -127,8 +129,13 @@ def test_seeds_and_batches_are_compared(study):
         for run in study.of(cell[0].family, 0)
     ]
     over[2] = np.mean(alphas)  # of the batch with three seeds
-    ratio = np.std(over, ddof=1) / np.std(alphas, ddof=1)
-    assert early.statistic == pytest.approx(np.log(ratio))
+    every = [alphas, *([own] for place, own in enumerate(over) if place != 2)]
+    grand = np.mean(np.concatenate(every))
+    between = sum(len(own) * (np.mean(own) - grand) ** 2 for own in every) / 3
+    assert early.statistic == pytest.approx(between / np.var(alphas, ddof=1))
+    marks = [line for line in figure.axes[3].lines if line.get_marker() == "o"]
+    assert marks[0].get_xdata()[0] == pytest.approx(early.statistic**0.5)
+    assert marks[0].get_markerfacecolor() != "white"  # held
     said = caption_of(figure)
     assert "aligned by tokens (early rows at 65.5k, late rows at 262k)" in said
     names = [text.get_text() for text in figure.axes[3].get_yticklabels()]
@@ -179,12 +186,20 @@ def test_batches_within_the_noise_of_seeds_do_not_hold(flat):
     assert all(claim.p > 0.05 for claim in claims)
 
 
-def test_the_variance_test_is_that_of_f():
-    for ratio in (1.0, 3.0, 4.4):
-        f = ratio**2
-        exact = 1 - (3 * f / (3 * f + 2)) ** 1.5  # F with 3 and 2 degrees of freedom
-        assert seeds.variance_test(ratio, 3, 2).p == pytest.approx(exact, abs=0.004)
-    assert seeds.variance_test(4.4, 3, 2).p <= 0.051
+@pytest.mark.parametrize(
+    ("f", "verdict"), [(5.0, "held"), (1.0, "undecided"), (0.3, "did not hold")]
+)
+def test_a_claim_fails_by_a_test_only(study, f, verdict):
+    """Over 4 batches and 3 seeds F is 4.76 at p 0.05; below 0.45 an effect as large as seeds' has
+    a p below 0.05."""
+    options = resolved(study, OPTIONS)
+    cell, runs = seeds._cell(study, options)
+    look = seeds._looks(study, runs, runs, options)[0]
+    spread = Spread(0.1, 0.1, 0.1 * (f / 3) ** 0.5, f, 4, 6, 3, 3.0, True)
+    fixed = SimpleNamespace(spread=lambda _: spread, span=look.span, seeds=runs)
+    claim = seeds._claim(cell, fixed, seeds.statistics_of(runs[0], options)[0])
+    assert claim.verdict == verdict
+    assert f"F {f:.2f}" in claim.sentence
 
 
 def test_another_cell_can_be_asked_for(study):

@@ -22,7 +22,6 @@ from experiments.figures.taxonomy import (
     kind_of,
     led_by,
     log_gain,
-    prefix_test,
     transitions,
 )
 from experiments.study_records import Run, read_study
@@ -184,23 +183,12 @@ def test_a_log_gain_is_a_mean_of_logarithms():
     assert np.isnan(log_gain([1.0], [np.inf]))
 
 
-def test_the_prefix_test_counts_arrangements():
-    rungs = ("muon", "untied", "flexwin", "betterwin", "attnscale")
-    led = ("activation-led", "activation-led", "mixed", "unresolved", "activation-led")
-    made = [
-        SimpleNamespace(after=SimpleNamespace(family=SimpleNamespace(rung=r)), led=own,
-                        gains_learning=True)
-        for r, own in zip(rungs, led, strict=True)
-    ]  # fmt: skip
-    test, least = prefix_test(made)
-    hits = [sum(place < 2 for place in chosen) for chosen in combinations(range(5), 3)]
-    assert test.p == pytest.approx(np.mean(np.array(hits) >= 2))
-    assert least == pytest.approx(np.mean(np.array(hits) == 2))
-    assert test.statistic == pytest.approx(2 / 2 - 1 / 3)
-    made[0].led = made[1].led = "mixed"
-    assert prefix_test(made)[0].p == pytest.approx(1.0)
-    made[4].gains_learning = False
-    assert np.isnan(prefix_test(made)[0].p)
+def test_a_transition_is_judged_where_all_of_it_is_known(study):
+    first = transitions(study, OPTIONS)[0][0]
+    assert first.judged
+    assert not first._replace(throughput=float("nan")).judged
+    lost = {key: float("nan") for key in first.shifts}
+    assert not first._replace(shifts=lost).judged
 
 
 # Transitions
@@ -245,7 +233,7 @@ def test_shifts_are_divergences_in_seed_floors(study):
         for member in (first.before, first.after)
     ]
     floor = np.median([jsd(*pair) for pair in combinations(finals[1], 2)])
-    moved = np.mean([jsd(a, b) for a in finals[0] for b in finals[1]])
+    moved = np.mean([jsd(finals[0][0], b) for b in finals[1][1:]])  # of unlike seeds
     assert noise.floors[SPECTRA[0]] == pytest.approx(floor)
     assert first.shifts[SPECTRA[0]] == pytest.approx(moved / floor)
     heads = [[fit_power_law(v, 1, 10).alpha for v in own] for own in finals]
@@ -258,7 +246,7 @@ def test_a_rung_that_missed_the_target_is_stepped_over(alone):
     assert [own.name for own in made] == ["baseline \u2192 muon", "muon \u2192 flexwin"]
     assert left_out == ["untied"]
     assert noise.runs == 0
-    assert np.isnan(noise.tokens)
+    assert np.isnan(noise.tokens.seeds)
     assert np.isnan(made[0].errors).all()
     assert made[0].led == "unresolved"
 
@@ -289,9 +277,13 @@ def test_figure_3(study):
     ends = 100 * np.array([interval(own.tokens, own.errors[0]) for own in made])
     np.testing.assert_allclose([segment[:, 0] for segment in bars], ends)
     gains, prefix = claims
-    assert gains.statistic == pytest.approx(np.mean([np.log1p(own.tokens) for own in made]))
-    assert (gains.n, gains.p, gains.verdict) == (3, pytest.approx(0.25), "undecided")
-    assert "least possible 0.25" in gains.sentence
+    ends = made[0].before.runs, made[-1].after.runs
+    total = sum(np.log1p(own.tokens) for own in made)
+    sd = np.std([np.log(naive_crossing(run)) for run in made[0].after.runs], ddof=1)
+    assert [len(runs) for runs in ends] == [1, 1]
+    assert gains.statistic == pytest.approx(total / (sd * 2**0.5))
+    assert gains.p == pytest.approx(1 - 1 / (1 + 2 / gains.statistic**2) ** 0.5)  # t of 2 degrees
+    assert "from baseline to flexwin, each at its best batch" in gains.sentence
     assert "seed floors" in prefix.control
 
 
@@ -338,6 +330,18 @@ def test_figure_1(study):
     assert order.statistic == pytest.approx(1.0)
     assert order.verdict == "undecided"  # three batches cannot decide
     assert "rho of -log B alone 0.50" in order.sentence
+
+
+def test_batches_are_held_apart_by_pairs_of_unlike_seeds_as_the_floor_is(study):
+    family = next(own for own in study.families if own.rung == "muon")
+    finals = {}
+    for run in study.of(family):
+        finals.setdefault(run.batch, []).append(run.steps[-1].array(ACTIVATION, LAST))
+    assert [len(finals[batch]) for batch in (4, 8, 16)] == [1, 3, 1]
+    found = operational.separations(study, family, Matched(study, OPTIONS))
+    unlike = [[jsd(finals[batch][0], own) for own in finals[8][1:]] for batch in (4, 16)]
+    alone = jsd(finals[4][0], finals[16][0])  # one seed each, and the same
+    assert found == pytest.approx([np.median(unlike[0]), alone, np.median(unlike[1])])
 
 
 def test_figure_1_of_another_rung_and_without_early_rows(study):

@@ -147,7 +147,7 @@ def test_figures_are_inside_with_their_verdicts_and_the_others_are_named(parsed,
         size = struct.unpack(">II", data[16:24])
         assert (int(image["width"]), int(image["height"])) == size == (200, 100)
         assert image["alt"].startswith("Figure ")
-    assert "the early tail predicts efficient regimes" in figures[0]["text"]
+    assert "Figure 2: early \u03b1, and tokens to the target." in figures[0]["text"]
     assert "Beyond the batch: undecided at this scale" in figures[0]["text"]
     absent = next(p["text"] for p in parsed.all("p") if p["text"].startswith("Not drawn"))
     assert "1 (" in absent

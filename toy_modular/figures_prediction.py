@@ -34,7 +34,7 @@ from lens_jax.correlations import (
     partial_spearman,
     spearman,
 )
-from lens_jax.fits import fit_power_law
+from lens_jax.fits import window_alpha
 from toy_modular.alignment import REFERENCE_WIDTH, at_progress, spectrum, toy_window
 from toy_modular.figures_page import SHADED, edge_note, sheet, words, zero_line
 from toy_modular.records import LAST, SPECTRUM, Row, Run, Study
@@ -116,8 +116,7 @@ class Exponents:
             values = spectrum(row)
             self._width = values.size
             self._known[row.path] = [
-                fit_power_law(values, *toy_window(*window, values.size)).alpha
-                for window in self.windows
+                window_alpha(values, *toy_window(*window, values.size)) for window in self.windows
             ]
         return self._known[row.path]
 

@@ -20,16 +20,16 @@ TOY = {4: ("4a", "4b"), 11: ("11a", "11b", "11c")}
 """Figures of the toy by the names of its own command."""
 
 _PLACES = {
-    1: ("operational", "spectral diagnostics as operational tools"),
-    2: ("prediction", "the early tail predicts efficient regimes"),
+    1: ("operational", "spectra of batches, early alpha, and two kinds of gain"),
+    2: ("prediction", "early alpha, and tokens to the target"),
     3: ("tricks", "taxonomy of the ladder's transitions"),
-    4: ("toy", "toy: prediction by the tail, and Fourier features"),
-    5: ("data_windows", "two samples of the corpus have one spectrum"),
-    6: ("matrices", "gradient spectra depend on the matrix"),
+    4: ("toy", "toy: alpha and efficiency, and Fourier features"),
+    5: ("data_windows", "spectra of two samples of the corpus"),
+    6: ("matrices", "gradient spectra of four matrices"),
     7: ("optimizers", "Muon against Adam"),
-    8: ("prediction_curves", "strength of the prediction over training"),
-    9: ("seeds", "seeds"),
-    10: ("prediction", "which layer predicts"),
+    8: ("prediction_curves", "order of the batches by alpha, over training"),
+    9: ("seeds", "seeds, against batches"),
+    10: ("prediction", "early alpha of every layer, and tokens to the target"),
     11: ("toy", "toy: matched loss, and feature learning"),
     12: ("curves", "loss curves of all families"),
     13: ("atlas", "spectral atlas, baseline to untied"),
@@ -37,7 +37,7 @@ _PLACES = {
     15: ("atlas", "spectral atlas, sparsev to attnscale"),
     16: ("atlas", "spectral atlas of the deep tiers"),
     17: ("weights", "weight spectra"),
-    18: ("phases", "phases of RankMe"),
+    18: ("phases", "RankMe over training"),
 }
 FIGURES = {
     number: Place(module, f"draw_{number}", subject)

@@ -218,8 +218,8 @@ def _decay_claim(curves: list[Curve]) -> Claim:
         "12", "targets are crossed before the learning rate decays", len(reached), _seeds(reached),
         "", share, float("nan"), f"decayed: below {DECAYED:.0%} of its peak", outcome,
         f"{outcome.capitalize()}: {len(early)} of {len(reached)} crossings come before the rate "
-        f"has fallen below {DECAYED:.0%} of its peak{unlike}; tokens of runs on the two sides "
-        "compare with reserve"
+        f"has fallen below {DECAYED:.0%} of its peak{unlike}"
+        + ("; tokens of runs on the two sides compare with reserve" if late else "")
         + (f"; {unknown} more crossed and logged no rate." if unknown else "."),
     )  # fmt: skip
 

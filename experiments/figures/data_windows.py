@@ -66,8 +66,8 @@ def _claim(row: StepFile) -> Claim:
     least = 1 / (1 + halves.size)
     outcome = UNDECIDED if least > LEVEL else FAILED if p <= LEVEL else HELD
     return Claim(
-        "5", "two samples of text have one spectrum of token counts", row.meta["windows"], 1,
-        "all ranks", observed, float("nan"),
+        "5", "spectra of token counts differ no more between two texts than between halves of one",
+        row.meta["windows"], 1, "all ranks", observed, float("nan"),
         f"median of random halves {number(np.median(halves), '.2g')}", outcome,
         f"{outcome.capitalize()}: JSD {number(observed, '.2g')} between {row.meta['a']} and "
         f"{row.meta['b']}, {number(np.median(halves), '.2g')} (at most "

@@ -1,4 +1,4 @@
-"""Figure 6: spectra of per-sample gradients depend on which matrix of a layer they are taken of.
+"""Figure 6: whether spectra of per-sample gradients depend on the matrix they are taken of.
 
 Singular values of the rows vec(dL_i / dW) of the last layer, as they are and minus their mean; the
 largest value of the first is mostly the mean gradient. Source: protocol spec, figure 6.
@@ -36,7 +36,7 @@ def draw_6(figure: Figure, study: Study, options: Options) -> list[Claim]:
     member = _member(study, options)
     run = member.first
     names = [pair for pair in MATRICES if _rows(run, pair[0])]
-    title(figure, 6, f"Gradient spectra depend on the matrix ({member.family.name})")
+    title(figure, 6, f"Gradient spectra of four matrices, {member.family.name}")
     (spectra, centred), (ranks, shares) = figure.subplots(2, 2)
     centred.sharey(spectra)
     _draw_end(spectra, run, names, GRADIENT)
@@ -110,19 +110,21 @@ def _draw_end(ax, run: Run, names: Sequence[tuple[str, str]], kind: str) -> None
 
 
 def _draw_along(ax, member: Member, names, of, label: str) -> None:
+    """A thin line a seed, and a thick one for their mean where all of them were measured."""
     tokens = []
     for (matrix, name), (colour, marker) in zip(MATRICES, LINES, strict=False):
         if (matrix, name) not in names:
             continue
-        for place, run in enumerate(member.runs):
-            rows = _rows(run, matrix)
-            x = np.array([row.tokens for row in rows], np.float64)
-            y = [of(_values(run, row, matrix, GRADIENT)) for row in rows]
-            ax.plot(
-                x, y, color=colour, marker=marker, ms=3.5, label=name if place == 0 else None,
-                lw=1.3 if place == 0 else 0.8, alpha=1.0 if place == 0 else 0.6,
-            )  # fmt: skip
-            tokens.append(x)
+        tables = [
+            {row.tokens: of(_values(run, row, matrix, GRADIENT)) for row in _rows(run, matrix)}
+            for run in member.runs
+        ]
+        for table in tables[: len(tables) if len(tables) > 1 else 0]:
+            ax.plot([*table], [*table.values()], color=colour, lw=0.6, alpha=0.6)
+        shared = sorted(set.intersection(*map(set, tables)))
+        means = [np.mean([table[count] for table in tables]) for count in shared]
+        ax.plot(shared, means, color=colour, marker=marker, ms=3.5, label=name, lw=1.5)
+        tokens += [np.array([*table], np.float64) for table in tables]
     token_axis(ax, np.concatenate(tokens))
     ax.set_ylabel(label)
 
@@ -130,56 +132,57 @@ def _draw_along(ax, member: Member, names, of, label: str) -> None:
 def _claim(study: Study, options: Options, member: Member, names) -> Claim:
     """Two matrices differ alike in family after family.
 
-    Of every family at its best batch the RankMe of MLP out less that of W_O, at the target, which
-    families that did not reach it have no state at; null: the difference of a family might as well
-    have the other sign.
+    Of every family at its best batch the RankMe of MLP out less that of W_O, the mean over its
+    seeds, at the target, which families that did not reach it have no state at; null: the
+    difference of a family might as well have the other sign.
     """
     found = [token_best(study, family, options) for family in study.families]
-    gaps = [(own, gap) for own in found if own and (gap := _gap(own.first)) is not None]
+    gaps = [(own, gap) for own in found if own and (gap := mean_gap(own)) is not None]
     missed = missed_text([own for own, _ in gaps])
-    differences = [gap for own, gap in gaps if own.reached and isfinite(gap)]
-    test = sign_flip_test(differences)
-    outcome = verdict(abs(test.statistic), test.p, 2.0 ** (1 - max(len(differences), 1)))
-    ends = {
-        name: effective_rank(_values(member.first, _rows(member.first, m)[-1], m, GRADIENT))
-        for m, name in names
-    }
+    kept = [(own, gap) for own, gap in gaps if own.reached and isfinite(gap)]
+    test = sign_flip_test([gap for _, gap in kept])
+    outcome = verdict(abs(test.statistic), test.p, 2.0 ** (1 - max(len(kept), 1)))
+    ends = {name: np.mean(_end_ranks(member, matrix)) for matrix, name in names}
     listed = ", ".join(f"{name.strip('$')} {rank:.1f}" for name, rank in ends.items())
+    each = ", ".join(f"{own.family.rung} {gap:+.1f}" for own, gap in kept)
     seeds = _seed_range(member, names)
     return Claim(
         "6", "gradients of the MLP output and of W_O fill different numbers of directions",
-        len(differences), 1, "all ranks", test.statistic, test.p,
+        len(kept), min((len(own.runs) for own, _ in kept), default=0), "all ranks",
+        test.statistic, test.p,
         f"largest difference between seeds of {member.family.name}: {seeds}", outcome,
-        f"{outcome.capitalize()}: at the end RankMe of MLP out less that of W_O is "
-        f"{number(test.statistic, '+.1f')}, mean over "
-        f"{words(len(differences), 'family')} at the best batch, {p_text(test)} by signs; "
-        f"{member.family.name}: {listed}; largest difference between seeds {seeds}."
+        f"{outcome.capitalize()}: at the end RankMe of MLP out less that of W_O, means over seeds, "
+        f"is {number(test.statistic, '+.1f')}, mean over {words(len(kept), 'family')} at the best "
+        f"batch ({each}), {p_text(test)} by signs; {member.family.name}: {listed}; largest "
+        f"difference between seeds {seeds}."
         + (f" Left out: {missed[0].lower()}{missed[1:]}" if missed else ""),
     )  # fmt: skip
 
 
-def _gap(run: Run) -> float | None:
-    ends = []
-    for matrix in ("mlp/c_proj", "attn/c_proj"):
-        rows = _rows(run, matrix)
-        if not rows:
-            return None
-        ends.append(effective_rank(_values(run, rows[-1], matrix, GRADIENT)))
-    return ends[0] - ends[1]
+def _end_ranks(member: Member, matrix: str) -> list[float]:
+    """RankMe of a matrix's gradients at the end of every seed that has them."""
+    return [
+        effective_rank(_values(run, rows[-1], matrix, GRADIENT))
+        for run in member.runs
+        if (rows := _rows(run, matrix))
+    ]
+
+
+def mean_gap(member: Member) -> float | None:
+    """Returns RankMe of MLP out less that of W_O at the end, the mean over the seeds of a cell.
+
+    None where a seed has not both.
+    """
+    ends = [_end_ranks(member, matrix) for matrix in ("mlp/c_proj", "attn/c_proj")]
+    if any(len(own) < len(member.runs) for own in ends):
+        return None
+    return float(np.mean(ends[0]) - np.mean(ends[1]))
 
 
 def _seed_range(member: Member, names) -> str:
     if len(member.runs) < 2:
         return "not known, one seed"
-    ranges = []
-    for matrix, _ in names:
-        ends = [
-            effective_rank(_values(run, rows[-1], matrix, GRADIENT))
-            for run in member.runs
-            if (rows := _rows(run, matrix))
-        ]
-        ranges.append(max(ends) - min(ends))
-    return f"{max(ranges):.2f}"
+    return f"{max(np.ptp(_end_ranks(member, matrix)) for matrix, _ in names):.2f}"
 
 
 def _caption_text(member: Member, names) -> str:
@@ -189,7 +192,8 @@ def _caption_text(member: Member, names) -> str:
     samples, length = row.meta.get("gradient_samples"), row.meta.get("sample_tokens")
     return (
         f"Last layer, {member.family.name} at batch {run.batch} ({best}), "
-        f"{seeds_text(member.runs)} (thin lines: further seeds). Per-sample gradients, N = "
+        f"{seeds_text(member.runs)} (a and b: the lowest; c and d: thin lines, thick their mean "
+        f"where all were measured). Per-sample gradients, N = "
         f"{samples} samples of T = {length} tokens; singular values over their sum; a and b at "
         f"{short_count(row.tokens)} tokens. Values below the rounding of the Gram matrix do not "
         f"count and are not drawn."

@@ -25,21 +25,29 @@ from experiments.figures.page import (
     title,
     words,
 )
-from experiments.figures.prediction_tests import least_p, members
+from experiments.figures.prediction_tests import ALPHA_BARS, least_p, members
 from experiments.figures.speed import timings_text
-from experiments.figures.taxonomy import Matched, Transition, seed_noise, transitions
-from experiments.figures.trajectories import DEEP_WINDOW
-from experiments.statistics import FamilyPrediction, predict
+from experiments.figures.taxonomy import LED, Matched, Transition, seed_noise, transitions
+from experiments.rank_windows import window_of
+from experiments.statistics import FamilyPrediction, predict, unlike_pairs
 from experiments.study_records import ACTIVATION, Family, Run, Study
 from lens_jax.axis_style import BLUE, FAINT, VERMILLION, not_measured, rank_axes, visible
-from lens_jax.claims import Claim, Missing, number, p_text, verdict
+from lens_jax.claims import (
+    FAILED,
+    HELD,
+    UNDECIDED,
+    Claim,
+    Missing,
+    number,
+    p_text,
+    verdict,
+)
 from lens_jax.correlations import UNDEFINED
 from lens_jax.fits import fit_power_law
 from lens_jax.saved_run import short_count
 
 INCHES = {1: (7.2, 3.9)}
 PAPER_FAMILY = Family("flexwin", "d36")
-DEEP_TIERS = ("d36", "d48")
 BARS = (
     ("activation head", r"$\alpha$ 1-10"),
     ("activation top 10", "top-10 share"),
@@ -53,9 +61,9 @@ def draw_1(figure: Figure, study: Study, options: Options) -> list[Claim]:
     """Draws the family of the most batches at equal loss; raises Missing without any of two."""
     matched = Matched(study, options)
     family, runs = _family(study, options, matched)
-    title(figure, 1, "Spectral diagnostics as operational tools")
+    title(figure, 1, "Spectra of batches, early alpha, and two kinds of gain")
     axes = figure.subplots(1, 3, width_ratios=(1.25, 0.9, 1.15))
-    window = DEEP_WINDOW if family.tier in DEEP_TIERS else options.window
+    window = window_of(study, options.window, family.tier)
     batches = sorted({run.batch for run in study.of(family)})
     _draw_spectra(axes[0], runs, batches, study, options, matched, window)
     axes[0].set_title(f"(a) {family.name}, equal loss")
@@ -64,7 +72,7 @@ def draw_1(figure: Figure, study: Study, options: Options) -> list[Claim]:
     axes[1].set_title("(b) early tail")
     made, noise, _ = transitions(study, options)
     pair = _contrast(made)
-    _draw_contrast(axes[2], pair, noise.shapes)
+    _draw_contrast(axes[2], pair)
     axes[2].set_title("(c) two kinds of gain")
     if family.tier != "d12":
         noise = seed_noise(study, options, family.tier, matched)
@@ -73,13 +81,13 @@ def draw_1(figure: Figure, study: Study, options: Options) -> list[Claim]:
     first, last = ranks_of(runs[0], window)
     caption(figure, _caption_text(study, family, runs, options, window, pair, floor))
     return [
-        _separation_claim(family, runs, matched, floor),
+        _separation_claim(study, family, matched, floor),
         _order_claim(family, early, where, f"{first}-{last}", seeds_of(study.of(family))[0]),
     ]
 
 
 def _family(study: Study, options: Options, matched: Matched) -> tuple[Family, list[Run]]:
-    """The family of panel (a), and one run a batch that was measured at the target loss.
+    """The family of panel (a), and of every batch the first run measured at the target loss.
 
     The rung that was asked for, else the paper's family as deep as there is, else that of the most
     batches.
@@ -160,16 +168,15 @@ def _contrast(made: Sequence[Transition]) -> list[Transition]:
     return chosen + faster[:1]
 
 
-def _draw_contrast(ax, pair: Sequence[Transition], noise: dict[str, float]) -> None:
+def _draw_contrast(ax, pair: Sequence[Transition]) -> None:
     """Changes in seed errors of a difference, or as they are where no cell has several seeds."""
     if not pair:
         not_measured(ax, "no two rungs that\nreached the target")
         return
-    scaled = any(isfinite(noise[name]) for name, _ in BARS)
+    scaled = any(isfinite(own.change_errors[name]) for own in pair for name, _ in BARS)
     height = 0.36
     for place, (own, colour) in enumerate(zip(pair, (BLUE, VERMILLION), strict=False)):
-        spread = (1 / len(own.before.runs) + 1 / len(own.after.runs)) ** 0.5
-        unit = [noise[name] * spread if scaled else 1.0 for name, _ in BARS]
+        unit = [own.change_errors[name] if scaled else 1.0 for name, _ in BARS]
         values = np.array([own.changes[name] for name, _ in BARS]) / unit
         places = np.arange(len(BARS)) + (place - 0.5) * height
         kept = np.isfinite(values)
@@ -187,21 +194,37 @@ def _draw_contrast(ax, pair: Sequence[Transition], noise: dict[str, float]) -> N
     ax.legend(loc="lower right", borderaxespad=0.1, fontsize=6.8, handlelength=1.0)
 
 
-def _separation_claim(family: Family, runs: Sequence[Run], matched: Matched, floor: float) -> Claim:
+def separations(study: Study, family: Family, matched: Matched) -> list[float]:
+    """Returns the JSD of every two batches at equal loss, the median over pairs of their seeds."""
+    cells: dict[int, list[Run]] = {}
+    for run in study.of(family):
+        if matched.spectrum(run, ACTIVATION, None) is not None:
+            cells.setdefault(run.batch, []).append(run)
+    found = []
+    for one, other in combinations(cells.values(), 2):
+        pairs = unlike_pairs(one, other)
+        found.append(float(np.median(matched.divergence(pairs, ACTIVATION, None))))
+    return found
+
+
+def _separation_claim(study: Study, family: Family, matched: Matched, floor: float) -> Claim:
     """Spectra of different batches differ at equal loss, beyond seeds.
 
     A rule: held where the smallest JSD of two batches is three floors or more.
     """
-    found = matched.divergence(list(combinations(runs, 2)), ACTIVATION, None)
-    ratio = min(found) / floor if found else float("nan")
-    outcome = "undecided" if not isfinite(ratio) else "held" if ratio >= 3 else "did not hold"
+    found = separations(study, family, matched)
+    ratio = min(found) / floor
+    outcome = UNDECIDED if not isfinite(ratio) else HELD if ratio >= LED else FAILED
+    runs = [r for r in study.of(family) if matched.spectrum(r, ACTIVATION, None) is not None]
+    batches = len({run.batch for run in runs})
     return Claim(
-        "1", f"{family.name}: at equal loss every two batches have different spectra", len(runs),
+        "1", f"{family.name}: at equal loss every two batches have different spectra", batches,
         seeds_of(runs)[0], "all ranks", ratio, float("nan"),
         f"seed floor of the JSD {number(floor, '.2g')}", outcome,
-        f"{outcome.capitalize()}: JSD of two of {words(len(runs), 'batch')} at equal loss between "
-        f"{min(found):.2g} and {max(found):.2g}, {number(ratio, '.1f')} seed floors at least (held "
-        f"from 3 on, no test); seed floor {number(floor, '.2g')}.",
+        f"{outcome.capitalize()}: JSD of two of {words(batches, 'batch')} at equal loss, medians "
+        f"over pairs of seeds, between {min(found):.2g} and {max(found):.2g}, "
+        f"{number(ratio, '.1f')} seed floors at least (held from {LED:g} on, no test); seed floor "
+        f"{number(floor, '.2g')}.",
     )  # fmt: skip
 
 
@@ -227,8 +250,10 @@ def _caption_text(study, family: Family, runs, options: Options, window, pair, f
     parts = [
         f"n = {words(len(runs), 'batch')} of {family.name}, {seeds_text(study.of(family))}.{deep} "
         f"(a): last-layer activations, lowest seed, at loss {target_of(study, options):g} \u00b1 "
-        f"{tolerance_of(study, options):g}; dashed: fits on ranks {ranks}. (b): the same ranks at "
-        f"{short_count(tokens_of(study, options))} tokens, bars: jackknife error.",
+        f"{tolerance_of(study, options):g}; dashed: fits on ranks "
+        f"{ranks}, \u00b1 jackknife error. (b): the same ranks at "
+        f"{short_count(tokens_of(study, options))} tokens, means over seeds; "
+        f"{ALPHA_BARS}.",
     ]
     if pair:
         parts.append(

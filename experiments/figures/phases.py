@@ -183,7 +183,7 @@ def draw_18(figure: Figure, study: Study, options: Options) -> list[Claim]:
         )
     families = [f for f in study.families if any(own.run.family == f for own in main.all)]
     figure.set_size_inches(INCHES[18][0], 1.05 * len(families) + 1.7)
-    title(figure, 18, "RankMe over training, and the phases it passes through")
+    title(figure, 18, "RankMe over training, and its phases")
     axes = figure.subplots(len(families), 3, squeeze=False, sharex=True)
     before = None
     for row, family in zip(axes, families, strict=True):

@@ -24,6 +24,7 @@ from experiments.figures.page import (
     zero_line,
 )
 from experiments.figures.prediction_tests import (
+    ALPHA_BARS,
     best_look_p,
     beyond_claim,
     count_text,
@@ -34,7 +35,7 @@ from experiments.figures.trajectories import span_text
 from experiments.rank_windows import DEEP_TIERS, window_of
 from experiments.statistics import FamilyPrediction, Prediction, predict
 from experiments.study_records import ACTIVATION, Study
-from lens_jax.axis_style import FAINT, INK, VERMILLION, line_handle, not_measured
+from lens_jax.axis_style import FAINT, INK, line_handle, not_measured
 from lens_jax.claims import Claim, Missing, number, p_text, sign_flip_test, verdict
 from lens_jax.saved_run import layer_name, short_count
 
@@ -164,7 +165,7 @@ def _draw_rhos(ax, families: Sequence[FamilyPrediction]) -> None:
     names = [f.family.rung if tiers == {"d12"} else f.family.name for f in families]
     for place, family in enumerate(families):
         style = family_line(family.family.rung)
-        ax.plot(family.rho_batch.statistic, place, "o", ms=8, mfc="none", mec=VERMILLION)
+        ax.plot(family.rho_batch.statistic, place, "o", ms=8, mfc="none", mec=INK)
         ax.plot(family.rho_loss.statistic, place, "|", ms=10, color=FAINT, mew=1.6)
         ax.plot(family.rho_alpha.statistic, place, ls="", **style)
     ax.axvline(0, color=FAINT, lw=0.7)
@@ -173,7 +174,7 @@ def _draw_rhos(ax, families: Sequence[FamilyPrediction]) -> None:
     ax.set(xlim=(-1.12, 1.12), xticks=(-1, 0, 1), xlabel=r"$\rho$ with token efficiency")
     handles = [
         line_handle(INK, "", "o", r"$\alpha$"),
-        line_handle(VERMILLION, "", "o", r"$-\log B$"),
+        line_handle(INK, "", "o", r"$-\log B$"),
         line_handle(FAINT, "", "|", "early loss"),
     ]
     handles[1].set(markerfacecolor="none", markersize=7)
@@ -227,7 +228,7 @@ def draw_10(figure: Figure, study: Study, options: Options) -> list[Claim]:
     tokens = tokens_of(study, options)
     tier, looks, layers = _by_layer(study, tokens, options)
     last = looks[-1]
-    title(figure, 10, f"Which layer's alpha predicts, at {tier}")
+    title(figure, 10, f"Early alpha of every layer, and tokens to the target, at {tier}")
     above, beside = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_layers(above, looks, layers)
     for family in last.families:
@@ -241,8 +242,8 @@ def draw_10(figure: Figure, study: Study, options: Options) -> list[Claim]:
     part = of_tiers(study, options, (tier,))
     parts = (
         f"{_conditions(study, last)} (a: of every layer); rows at {rows} tokens, "
-        f"nearest to {short_count(tokens)}.{deep} Larger marks for larger batches, bars: jackknife "
-        "error of alpha.",
+        f"nearest to {short_count(tokens)}.{deep} Means over seeds; larger marks for larger "
+        f"batches; {ALPHA_BARS}.",
         _censored(last.families),
         left_out_text(part, [family.family for family in last.families]),
     )
@@ -283,7 +284,7 @@ def _draw_layers(ax, looks: Sequence[Prediction], layers: Sequence[str]) -> None
     if len(rhos) > 1:
         ax.plot(places, np.mean(list(rhos.values()), axis=0), color=INK, lw=2.4, label="mean")
     control = looks[-1].batch.statistic
-    ax.axhline(control, color=VERMILLION, ls=(0, (4, 2)), lw=1.2, label=r"$-\log B$, mean")
+    ax.axhline(control, color=INK, ls=(0, (4, 2)), lw=1.2, label=r"$-\log B$, mean")
     zero_line(ax)
     ax.set_xticks(places, layers)
     ax.set_yticks((-1, -0.5, 0, 0.5, 1))

@@ -4,7 +4,7 @@ A family is a panel. A share of each run's own length is the published alignment
 nobody need know how long a run will be. Source: protocol spec, figure 8 and trap T2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +19,9 @@ from experiments.study_records import Family, Study
 from lens_jax.axis_style import (
     BLUE,
     FAINT,
+    INK,
     LINES,
     SKY,
-    VERMILLION,
     line_handle,
     spaced,
     token_ticks,
@@ -47,7 +47,7 @@ FEW = 3
 GREEN = LINES[2][0]
 COLOURS = {WINDOWS[0]: LINES[4][0], WINDOWS[1]: SKY, WINDOWS[2]: BLUE}
 GOOD_R2 = 0.9
-APART = 0.05  # by which lines are moved, so that equal ones are all seen
+APART = 0.05  # steps by which lines are moved, so that equal ones are all seen
 SATURATED = 0.9
 
 
@@ -81,7 +81,7 @@ def draw_8(figure: Figure, study: Study, options: Options) -> list[Claim]:
     columns = 3 if len(families) <= 6 else 4 if len(families) <= 12 else 5
     rows = -(-len(families) // columns)
     figure.set_size_inches(INCHES[8][0], 2.5 + 2 * 1.12 * rows)
-    title(figure, 8, "How well alpha orders the batches, over training")
+    title(figure, 8, "Order of the batches by alpha, over training")
     above, below = figure.subfigures(2, 1)
     for sheet, curves, words_ in (
         (above, by_share, "(a) at a share of each run's tokens to the target"),
@@ -89,7 +89,8 @@ def draw_8(figure: Figure, study: Study, options: Options) -> list[Claim]:
     ):
         sheet.suptitle(words_, x=0.012, ha="left", fontsize=9, fontweight="bold")
         axes = sheet.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        _draw_families(axes, curves, families, control=by_share.looks[options.window][-1])
+        control = by_share.looks[options.window][-1]
+        _draw_families(axes, curves, families, options.window, control)
     _dress(above, below, by_tokens, tokens, options)
     caption(figure, _caption_text(part, families, by_share, by_tokens, options))
     return _claims(part, by_share, by_tokens, tokens, options)
@@ -146,20 +147,29 @@ def _r2(look: Prediction, family: Family) -> float:
     return float(np.median(finite)) if finite.size else np.nan
 
 
-def _draw_families(axes, curves: Curves, families: Sequence[Family], control: Prediction) -> None:
+def offsets(windows: Iterable, main) -> dict:
+    """By window how far its line is moved: the main one not at all, the others off it in turns."""
+    others = [window for window in windows if window != main]
+    turns = (-1, 1, -2, 2)
+    return {main: 0.0} | {w: APART * turn for w, turn in zip(others, turns, strict=False)}
+
+
+def _draw_families(axes, curves: Curves, families, main, control: Prediction) -> None:
+    """A panel a family; the line of the main window thick, in its place and above the others."""
+    moved = offsets(curves.looks, main)
     for ax, family in zip(axes.flat, families, strict=False):
         ax.set_title(family.rung, fontsize=8.5, fontweight="normal")
-        for place, window in enumerate(curves.looks):
+        for window in curves.looks:
             rho, r2 = curves.rho(window, family), curves.r2(window, family)
             style = {"color": COLOURS.get(window, GREEN), "ms": 3}
-            style |= {"lw": 1.8 if window == list(curves.looks)[-1] else 1.0}
-            rho = rho + APART * (place - 1)
+            style |= {"lw": 1.8, "zorder": 2.5} if window == main else {"lw": 1.0}
+            rho = rho + moved[window]
             ax.plot(curves.x, rho, **style)
             for good, face in ((r2 >= GOOD_R2, style["color"]), (r2 < GOOD_R2, "white")):
                 ax.plot(curves.x[good], rho[good], "o", mfc=face, color=style["color"], ms=3)
         own = _found(control, family)
         if own is not None:
-            ax.axhline(own.rho_batch.statistic, color=VERMILLION, ls=(0, (4, 2)), lw=1.2)
+            ax.axhline(own.rho_batch.statistic, color=INK, ls=(0, (4, 2)), lw=1.2)
         zero_line(ax)
         ax.set(ylim=(-1.12, 1.12), yticks=(-1, 0, 1))
     for place, ax in enumerate(axes.flat):
@@ -188,7 +198,7 @@ def _dress(above, below, by_tokens: Curves, tokens: int, options: Options) -> No
         line_handle(COLOURS.get(window, GREEN), "-", "o", f"ranks {_ranks(looks[-1])}")
         for window, looks in by_tokens.looks.items()
     ]
-    handles.append(line_handle(VERMILLION, (0, (4, 2)), "", r"$-\log B$"))
+    handles.append(line_handle(INK, (0, (4, 2)), "", r"$-\log B$"))
     above.legend(handles=handles, loc="upper right", ncols=len(handles), columnspacing=1.0)
 
 
@@ -279,7 +289,8 @@ def _caption_text(study: Study, families, by_share: Curves, by_tokens: Curves, o
         f"{width}, ranks of {scaled} at width 768. Thick: the main window; dotted: the looks that "
         f"are tested. Open marks: median R2 of the fits below {GOOD_R2}; R2 at equal tokens: "
         f"{'; '.join(fits)}. With four batches rho goes in steps of 0.2, and 1 in 24 orders is "
-        "perfect by chance; equal lines are drawn a little apart. No point "
+        "perfect by chance; lines of other windows are moved by steps of "
+        f"{APART}, so that equal ones are seen. No point "
         "where a run of the family had ended, or was not measured near it."
         + (f" {left_out}" if left_out else "")
     )

@@ -22,6 +22,9 @@ from experiments.study_records import Family, Study
 from lens_jax.claims import Claim, number, p_text, sign_flip_test, verdict
 from lens_jax.correlations import PermutationTest, alike_permutation_p, max_over_looks_p
 
+ALPHA_BARS = "bars: error of the mean over seeds, from all batches of a family (of one: jackknife)"
+"""What bars of `FamilyPrediction.alpha_error` are, for a caption."""
+
 
 def members(families: Sequence[FamilyPrediction]) -> int:
     """Cells that have both an exponent and an efficiency."""

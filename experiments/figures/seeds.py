@@ -1,8 +1,8 @@
 """Figure 9: what another seed changes, against what another batch size changes.
 
 A seed draws both the initial weights and the order of the data. The number that matters is the
-spread over batches in units of the spread over seeds, early, where alpha is to predict, and late.
-Source: protocol spec, figure 9 and trap T5.
+spread over batches in units of what seeds alone would make of it, early, where alpha is to predict,
+and late. Source: protocol spec, figure 9 and trap T5.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.efficiency import crossing_tokens, early_row, ranks_of
 from experiments.figures.options import Options
-from experiments.figures.page import batch_line, caption, ranks_text, title, words
-from experiments.figures.taxonomy import ATTENTION, HEAD, TOP, spectrum
-from experiments.figures.trajectories import gradient_ranks, late_tokens, span_text
-from experiments.statistics import Spread, seed_spread
+from experiments.figures.page import (
+    batch_line,
+    caption,
+    legend_outside,
+    ranks_text,
+    title,
+    words,
+)
+from experiments.figures.taxonomy import ATTENTION, HEAD, TOP, head_alpha, spectrum
+from experiments.figures.trajectories import gradient_alpha, gradient_ranks, late_tokens, span_text
+from experiments.seed_spread import Spread, batches_test, seed_spread, small_effect_test
 from experiments.study_records import ACTIVATION, GRADIENT, Cell, Run, Study
 from lens_jax.axis_style import (
     BLUE,
@@ -28,19 +35,26 @@ from lens_jax.axis_style import (
     LINES,
     SHADE,
     VERMILLION,
+    line_handle,
     not_measured,
     rank_axes,
     token_ticks,
     visible,
 )
-from lens_jax.claims import Claim, Missing, number, p_text, verdict
-from lens_jax.correlations import UNDEFINED, PermutationTest
-from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
-from lens_jax.saved_run import gradient_window
+from lens_jax.claims import (
+    FAILED,
+    HELD,
+    LEVEL,
+    UNDECIDED,
+    Claim,
+    Missing,
+    number,
+    p_text,
+)
+from lens_jax.fits import GRAM_FLOOR, jsd, rankme, topk_share, window_alpha
 
 INCHES = {9: (7.2, 5.9)}
 PAPER_RUNG = "flexwin"
-DRAWS = 200_000
 
 
 class Statistic(NamedTuple):
@@ -59,11 +73,11 @@ def statistics_of(run: Run, options: Options) -> tuple[Statistic, ...]:
     alpha = f"gradient alpha {theirs[0]}-{theirs[1]}" if theirs else "gradient alpha"
     act, grad = (ACTIVATION, None), (GRADIENT, ATTENTION)
     return (
-        Statistic(f"alpha {ranks[0]}-{ranks[1]}", *act, lambda v: fit_power_law(v, *ranks).alpha),
-        Statistic(f"alpha {HEAD[0]}-{HEAD[1]}", *act, lambda v: fit_power_law(v, *HEAD).alpha),
+        Statistic(f"alpha {ranks[0]}-{ranks[1]}", *act, lambda v: window_alpha(v, *ranks)),
+        Statistic(f"alpha {HEAD[0]}-{HEAD[1]}", *act, head_alpha),
         Statistic("top-10 share", *act, lambda v: topk_share(v, TOP)),
         Statistic("ln RankMe", *act, lambda v: log(rankme(v))),
-        Statistic(alpha, *grad, lambda v: fit_power_law(v, *gradient_window(v.size)).alpha),
+        Statistic(alpha, *grad, gradient_alpha),
         Statistic("gradient top 10", *grad, lambda v: topk_share(v, TOP)),
         Statistic("gradient ln RankMe", *grad, lambda v: log(rankme(v, GRAM_FLOOR))),
     )
@@ -99,21 +113,6 @@ class Look(NamedTuple):
             return float("nan") if values is None else statistic.of(values)
 
         return seed_spread(self.family, value)
-
-
-def variance_test(ratio: float, batches: int, seeds: int, *, seed: int = 0) -> PermutationTest:
-    """Tests that an sd of `batches` degrees of freedom is the larger one, one-sided; statistic ln.
-
-    Null: values of both are normal with one variance; drawn. With two degrees of freedom for seeds
-    and three for batches the ratio of sds has to be above 4.4. Where some of the batches' values
-    are means over seeds the test is the more cautious for it.
-    """
-    if not isfinite(ratio) or ratio <= 0 or min(batches, seeds) < 1:
-        return UNDEFINED
-    random = np.random.default_rng(seed)
-    f = random.chisquare(batches, DRAWS) / batches / (random.chisquare(seeds, DRAWS) / seeds)
-    p = float((1 + np.sum(f >= ratio**2)) / (1 + DRAWS))
-    return PermutationTest(float(np.log(ratio)), p, DRAWS, False)
 
 
 def draw_9(figure: Figure, study: Study, options: Options) -> list[Claim]:
@@ -217,40 +216,50 @@ def _draw_spectra(ax, look: Look, kind: str, matrix: str | None, label: str) -> 
 
 
 def _draw_ratios(ax, looks: Sequence[Look], statistics: Sequence[Statistic]) -> None:
-    ax.set_title("(d) batches against seeds")
+    """Spreads over batches in units of what seeds make of them, filled where a test tells them."""
+    ax.set_title("(d) batches, against seeds alone")
     marks = {"early": (BLUE, "o", -0.12), "late": (VERMILLION, "s", 0.12)}
+    handles = []
     for look in looks:
         colour, shape, offset = marks[look.name]
-        ratios = np.array([look.spread(statistic).ratio for statistic in statistics])
-        kept = np.flatnonzero(np.isfinite(ratios) & (ratios > 0))
-        name = f"{look.name}, {look.span} tokens"
-        ax.plot(ratios[kept], kept + offset, ls="", marker=shape, color=colour, label=name)
+        for place, statistic in enumerate(statistics):
+            spread = look.spread(statistic)
+            if isfinite(spread.ratio) and spread.ratio > 0:
+                face = colour if batches_test(spread).p <= LEVEL else "white"
+                ax.plot(spread.ratio, place + offset, shape, color=colour, mfc=face)
+        handles.append(line_handle(colour, "", shape, f"{look.name}, {look.span} tokens"))
     ax.axvline(1, color=FAINT, lw=0.8)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(statistics)), [statistic.name for statistic in statistics])
-    ax.set_ylim(len(statistics) + 0.9, -0.6)
-    ax.set_xlabel("sd over batches / sd over seeds")
-    ax.legend(loc="lower right", borderaxespad=0.1)
+    ax.set_ylim(len(statistics) - 0.4, -0.6)
+    ax.set_xlabel("sd over batches / that from seeds alone")
+    legend_outside(ax, 0.5, -0.42, handles=handles, ncols=2, columnspacing=1.0)
 
 
 def _claim(cell: Cell, look: Look, statistic: Statistic) -> Claim:
+    """Held where batches are told apart; not where even an effect as large as seeds is excluded."""
     spread = look.spread(statistic)
-    batches, freedom = spread.batch_freedom + 1, spread.freedom  # of one family
-    test = variance_test(spread.ratio, spread.batch_freedom, freedom)
-    outcome = verdict(test.statistic, test.p, 0.0)
+    test, small = batches_test(spread), small_effect_test(spread)
+    outcome = HELD if test.p <= LEVEL else FAILED if small.p <= LEVEL else UNDECIDED
     where = f"at {look.span} tokens"
-    control = f"seed sd {number(spread.seeds, '.3f')} with {words(freedom, 'degree')} of freedom"
+    batches = spread.batch_freedom + 1  # of one family
+    control = (
+        f"sd of single runs {number(spread.seeds, '.3f')} with "
+        f"{words(spread.freedom, 'degree')} of freedom"
+        + (", what a seed changes in all batches taken out" if spread.crossed else "")
+    )
     return Claim(
-        "9", f"{cell.family.name}: alpha {where} differs more between batches than between seeds",
-        batches, len(look.seeds), statistic.name.removeprefix("alpha "), test.statistic, test.p,
-        control, outcome,
-        f"{outcome.capitalize()}: sd of {statistic.name} {where} is "
-        f"{number(spread.batches, '.3f')} over {words(batches, 'batch')} and "
-        f"{number(spread.seeds, '.3f')} over {words(len(look.seeds), 'seed')}, ratio "
-        f"{number(spread.ratio, '.1f')}, one-sided {p_text(test)} for normal values; {control}.",
+        "9", f"{cell.family.name}: alpha {where} differs between batches by more than seeds "
+        "explain", batches, len(look.seeds), statistic.name.removeprefix("alpha "), test.statistic,
+        test.p, control, outcome,
+        f"{outcome.capitalize()}: sd of {statistic.name} {where} over the means of "
+        f"{words(batches, 'batch')} is {number(spread.batches, '.3f')}, seeds alone would make it "
+        f"{number(spread.batches / spread.ratio, '.3f')}; F {number(test.statistic, '.2f')}, "
+        f"one-sided {p_text(test)} for no effect of the batch, {p_text(small)} for one as large as "
+        f"that of seeds or larger, for normal values; {control}.",
     )  # fmt: skip
 
 
@@ -259,7 +268,8 @@ def _caption_text(study: Study, cell: Cell, looks: Sequence[Look], options: Opti
     ranks = ranks_text(ranks_of(late.seeds[0], options.window), options.window)
     parts = [
         f"n = {words(len(late.seeds), 'seed')} (weights and data order) of {cell.name}, "
-        f"{words(len(late.batches), 'batch')} of {cell.family.name} (others dashed, lowest seed); "
+        f"{words(len(late.batches), 'batch')} of {cell.family.name} (others dashed, lowest seed; "
+        "d: all seeds, filled: p \u2264 0.05); "
         f"last layer, main window: ranks {ranks}, shaded; aligned by "
         f"tokens ({', '.join(f'{look.name} rows at {look.span}' for look in looks)})."
     ]
@@ -272,7 +282,11 @@ def _caption_text(study: Study, cell: Cell, looks: Sequence[Look], options: Opti
                      f"{number(found[1], '.2g')} (medians of pairs).")  # fmt: skip
     if study.target_loss is not None:
         spread = seed_spread(late.family, lambda run: log(crossing_tokens(run, study.target_loss)))
-        parts.append(f"Seed sd of the tokens to the target: {number(spread.seeds, '.1%')}.")
+        parts.append(
+            f"Seed sd of the tokens to the target: {number(spread.within, '.1%')}"
+            + (f"; {number(spread.seeds, '.1%')} without what a seed changes in all batches."
+               if spread.crossed else ".")
+        )  # fmt: skip
     return " ".join(parts)
 
 

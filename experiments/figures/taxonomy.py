@@ -11,7 +11,7 @@ matplotlib.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from math import comb, expm1, isfinite, log, log1p, nan
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from experiments.efficiency import crossing_tokens, matched_row
 from experiments.figures.options import Options, of_tiers, target_of, tolerance_of
 from experiments.figures.speed import steady_throughput
 from experiments.figures.trajectories import Member, token_best
-from experiments.statistics import seed_floor, seed_pairs, seed_spread
+from experiments.seed_spread import Spread, difference_error, seed_spread, t_test
+from experiments.statistics import seed_floor, seed_pairs, unlike_pairs
 from experiments.study_records import ACTIVATION, GRADIENT, Run, Study
-from lens_jax.correlations import PermutationTest
-from lens_jax.fits import GRAM_FLOOR, fit_power_law, jsd, rankme, topk_share
+from lens_jax.correlations import UNDEFINED, PermutationTest
+from lens_jax.fits import GRAM_FLOOR, jsd, rankme, topk_share, window_alpha
 from lens_jax.step_files import StepFile
 from models.ladder import LADDERS
 
@@ -102,14 +103,19 @@ class Shape(NamedTuple):
 
 
 def head_alpha(values: np.ndarray) -> float:
-    """The exponent on ranks 1-10, whatever the width."""
-    return fit_power_law(values, *HEAD).alpha
+    """The exponent of eigenvalues on ranks 1-10, whatever the width."""
+    return window_alpha(values, *HEAD)
+
+
+def gradient_head(values: np.ndarray) -> float:
+    """The same of singular values, NaN where they fall to the rounding of their Gram matrix."""
+    return window_alpha(values, *HEAD, GRAM_FLOOR)
 
 
 SHAPES = {
     "activation head": Shape(ACTIVATION, None, head_alpha),
     "activation top 10": Shape(ACTIVATION, None, lambda values: topk_share(values, TOP)),
-    "gradient head": Shape(GRADIENT, ATTENTION, head_alpha),
+    "gradient head": Shape(GRADIENT, ATTENTION, gradient_head),
     "gradient top 10": Shape(GRADIENT, ATTENTION, lambda values: topk_share(values, TOP)),
     "gradient ln RankMe": Shape(
         GRADIENT, ATTENTION, lambda values: float(np.log(rankme(values, GRAM_FLOOR)))
@@ -163,13 +169,13 @@ class Matched:
 class Noise(NamedTuple):
     """What another seed changes, pooled over the cells that have several.
 
-    tokens, throughput: sd of their ln; shapes: sd of each statistic; floors: median JSD of seed
-    pairs at equal loss; runs: how many there are in those cells. NaN without any.
+    tokens, throughput: of their ln; shapes: of each statistic; floors: median JSD of seed pairs at
+    equal loss, NaN without any; runs: how many there are in those cells.
     """
 
-    tokens: float
-    throughput: float
-    shapes: dict[str, float]
+    tokens: Spread
+    throughput: Spread
+    shapes: dict[str, Spread]
     floors: dict[tuple[str, str | None], float]
     runs: int
 
@@ -179,13 +185,10 @@ def seed_noise(study: Study, options: Options, tier: str, matched: Matched) -> N
     part = of_tiers(study, options, (tier,))
     repeated = {run.name for pair in seed_pairs(part) for run in pair}
 
-    def sd(statistic: Callable[[Run], float]) -> float:
-        return seed_spread(part, statistic).seeds
-
     return Noise(
-        sd(lambda run: log(crossing_tokens(run, part.target_loss))),
-        sd(lambda run: log(steady_throughput(run))),
-        {name: sd(partial(matched.value, shape)) for name, shape in SHAPES.items()},
+        seed_spread(part, lambda run: log(crossing_tokens(run, part.target_loss))),
+        seed_spread(part, lambda run: log(steady_throughput(run))),
+        {name: seed_spread(part, partial(matched.value, shape)) for name, shape in SHAPES.items()},
         {key: _floor(part, *key) for key in SPECTRA},
         len(repeated),
     )
@@ -204,8 +207,8 @@ class Transition(NamedTuple):
     """From one rung to the next that the study has.
 
     tokens, throughput, time: gains, the ratio less 1; equal_batch: the token gain at the batch of
-    `before` where `after` has it; errors: one seed sd of ln(1 + gain) of the first two, NaN without
-    seeds; shifts: JSD at equal loss in seed floors; changes: of SHAPES.
+    `before` where `after` has it; errors: seed errors of ln(1 + gain) of the first two, NaN without
+    seeds; shifts: JSD at equal loss in seed floors; changes: of SHAPES, change_errors: theirs.
     """
 
     before: Member
@@ -218,6 +221,7 @@ class Transition(NamedTuple):
     divergences: dict[tuple[str, str | None], float]
     shifts: dict[tuple[str, str | None], float]
     changes: dict[str, float]
+    change_errors: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -236,6 +240,12 @@ class Transition(NamedTuple):
     @property
     def gains_learning(self) -> bool:
         return self.kind in ("learning-side", "joint")
+
+    @property
+    def judged(self) -> bool:
+        """Whether both gains and both shifts are known, so that it could have been led by one."""
+        known = all(isfinite(self.shifts[key]) for key in SPECTRA[:2])
+        return known and self.kind != "not measured"
 
 
 def ladder_of(study: Study, tier: str) -> tuple[str, ...]:
@@ -268,9 +278,10 @@ def transitions(
 def _transition(study, before: Member, after: Member, noise, matched, target) -> Transition:
     tokens = -log_gain(*([crossing_tokens(r, target) for r in m.runs] for m in (before, after)))
     speed = log_gain(*([steady_throughput(r) for r in m.runs] for m in (before, after)))
-    spread = (1 / len(before.runs) + 1 / len(after.runs)) ** 0.5
-    errors = (noise.tokens * spread, noise.throughput * spread)
-    pairs = list(product(before.runs, after.runs))
+    ends = before.runs, after.runs
+    errors = tuple(difference_error(own, *ends) for own in (noise.tokens, noise.throughput))
+    change_errors = {k: difference_error(own, *ends) for k, own in noise.shapes.items()}
+    pairs = unlike_pairs(*ends)
     moved = {key: matched.divergence(pairs, *key) for key in SPECTRA}
     moved = {key: float(np.mean(own)) if own else float("nan") for key, own in moved.items()}
     changes = {}
@@ -281,6 +292,7 @@ def _transition(study, before: Member, after: Member, noise, matched, target) ->
         before, after, np.expm1(tokens), np.expm1(speed), np.expm1(tokens + speed),
         _equal_batch(study, before, after, target),
         errors, moved, {key: own / noise.floors[key] for key, own in moved.items()}, changes,
+        change_errors,
     )  # fmt: skip
 
 
@@ -297,16 +309,33 @@ def _equal_batch(study: Study, before: Member, after: Member, target: float) -> 
 def prefix_test(made: Sequence[Transition]) -> tuple[PermutationTest, float]:
     """Tests that activation-led transitions lie in the prefix; and the least p that could be.
 
-    Statistic: their share in the prefix (baseline to untied) less that beyond. Null: which
-    transitions are activation-led has nothing to do with where they lie; one-sided, hypergeometric.
+    Of the transitions that are judged; the others say nothing of what led them. Statistic: their
+    share in the prefix (baseline to untied) less that beyond. Null: which transitions are
+    activation-led has nothing to do with where they lie; one-sided, hypergeometric. UNDEFINED where
+    none is judged on one of the two sides, or none is activation-led.
     """
-    inside = [t.after.family.rung in PREFIX for t in made]
-    led = [t.gains_learning and t.led == "activation-led" for t in made]
-    count, early, n = sum(led), sum(inside), len(made)
+    judged = [own for own in made if own.judged]
+    inside = [t.after.family.rung in PREFIX for t in judged]
+    led = [t.gains_learning and t.led == "activation-led" for t in judged]
+    count, early, n = sum(led), sum(inside), len(judged)
     if not (0 < early < n and count > 0):
-        return PermutationTest(float("nan"), float("nan"), 0, True), 1.0
+        return UNDEFINED, 1.0
     hits = sum(a and b for a, b in zip(inside, led, strict=True))
     ways = [comb(early, k) * comb(n - early, count - k) for k in range(min(early, count) + 1)]
     p, least = sum(ways[hits:]) / comb(n, count), ways[-1] / comb(n, count)
     share = hits / early - (count - hits) / (n - early)
     return PermutationTest(share, p, comb(n, count), True), least
+
+
+def ends_test(made: Sequence[Transition], noise: Noise) -> PermutationTest:
+    """Tests the gain of all transitions together: the first rung against the last, two-sided t.
+
+    Gains of neighbouring transitions share a rung, so that their errors have opposite signs and
+    their sum is that of the two ends alone. The error is that of seeds; the p is that of t with its
+    degrees of freedom. That each end is the best of its batches makes p no smaller without a gain:
+    the least of several means varies less than one of them.
+    """
+    ends = made[0].before, made[-1].after
+    total = sum(log1p(own.tokens) for own in made)
+    error = difference_error(noise.tokens, *(member.runs for member in ends))
+    return t_test(total, error, noise.tokens.freedom)

@@ -12,14 +12,14 @@ import numpy as np
 
 from experiments.efficiency import crossing_tokens, early_row, ranks_of
 from experiments.figures.options import Options
+from experiments.rank_windows import DEEP_WINDOW
 from experiments.study_records import ACTIVATION, GRADIENT, Family, Run, Study
 from lens_jax.alignment import at_tokens
 from lens_jax.correlations import spearman
-from lens_jax.fits import GRAM_FLOOR, fit_power_law, rankme
+from lens_jax.fits import GRAM_FLOOR, rankme, window_alpha
 from lens_jax.saved_run import gradient_window, short_count
 from lens_jax.step_files import StepFile
 
-DEEP_WINDOW = (200, 400)
 OUTPUT = "attn/c_proj"
 
 
@@ -81,9 +81,17 @@ class Statistic(NamedTuple):
     of: Callable[[Run, StepFile, tuple[int, int]], float]
 
 
+def gradient_alpha(values: np.ndarray) -> float:
+    """Returns the exponent of singular values of N samples on the ranks that N gives.
+
+    NaN where they fall to the rounding of their Gram matrix inside them.
+    """
+    return window_alpha(values, *gradient_window(values.size), GRAM_FLOOR)
+
+
 def _activation_alpha(run: Run, row: StepFile, window: tuple[int, int]) -> float:
     values = row.array(ACTIVATION, run.final_site(ACTIVATION))
-    return fit_power_law(values, *ranks_of(run, window)).alpha
+    return window_alpha(values, *ranks_of(run, window))
 
 
 def _activation_rankme(run: Run, row: StepFile, window: tuple[int, int]) -> float:
@@ -92,7 +100,7 @@ def _activation_rankme(run: Run, row: StepFile, window: tuple[int, int]) -> floa
 
 def _gradient_alpha(run: Run, row: StepFile, window: tuple[int, int]) -> float:
     values = row.array(GRADIENT, run.final_site(GRADIENT, OUTPUT))
-    return 2 * fit_power_law(values, *gradient_window(values.size)).alpha
+    return 2 * gradient_alpha(values)
 
 
 def _gradient_rankme(run: Run, row: StepFile, window: tuple[int, int]) -> float:

@@ -24,6 +24,7 @@ from experiments.figures.taxonomy import (
     Noise,
     Transition,
     direction,
+    ends_test,
     interval,
     prefix_test,
     transitions,
@@ -38,7 +39,6 @@ from lens_jax.claims import (
     Missing,
     number,
     p_text,
-    sign_flip_test,
     verdict,
 )
 
@@ -69,9 +69,9 @@ def draw_3(figure: Figure, study: Study, options: Options) -> list[Claim]:
     axes = figure.subplots(1, 5, sharey=True, width_ratios=(1.55, 0.9, 0.9, 0.9, 0.9))
     _draw_gains(axes[0], made)
     _draw_shifts(axes[1], made, ((ACTIVATION, None),), "(b) activations")
-    _draw_changes(axes[2], made, noise, ("activation head", "activation top 10"))
+    _draw_changes(axes[2], made, ("activation head", "activation top 10"))
     _draw_shifts(axes[3], made, ((GRADIENT, ATTENTION), (GRADIENT, MLP)), "(c) gradients")
-    _draw_changes(axes[4], made, noise, ("gradient head", "gradient ln RankMe"))
+    _draw_changes(axes[4], made, ("gradient head", "gradient ln RankMe"))
     axes[0].set_yticks(range(len(made)), [own.name for own in made])
     axes[0].set_ylim(len(made) - 0.4, -0.6)
     caption(figure, _caption_text(study, options, made, noise, left_out))
@@ -137,7 +137,7 @@ def _draw_shifts(ax, made: Sequence[Transition], keys, name: str) -> None:
         legend_outside(ax, 0.5, ABOVE, ncols=2, columnspacing=0.8, handletextpad=0.1)
 
 
-def _draw_changes(ax, made: Sequence[Transition], noise: Noise, names: Sequence[str]) -> None:
+def _draw_changes(ax, made: Sequence[Transition], names: Sequence[str]) -> None:
     """Changes of two statistics, each with twice the seed error of a difference."""
     drawn = False
     labels = {
@@ -148,8 +148,7 @@ def _draw_changes(ax, made: Sequence[Transition], noise: Noise, names: Sequence[
     }
     for offset, (colour, shape), name in zip((-0.14, 0.14), LINES[2:4], names, strict=True):
         values = np.array([own.changes[name] for own in made])
-        spreads = [(1 / len(o.before.runs) + 1 / len(o.after.runs)) ** 0.5 for o in made]
-        bars = np.nan_to_num(2 * noise.shapes[name] * np.array(spreads))
+        bars = np.nan_to_num([2 * own.change_errors[name] for own in made])
         kept = np.flatnonzero(np.isfinite(values))
         if kept.size:
             drawn = True
@@ -175,32 +174,47 @@ def _nothing(ax, reason: str) -> None:
 
 
 def _claims(made: Sequence[Transition], noise: Noise) -> list[Claim]:
-    n = len(made)
     seeds = min(len(own.after.runs) for own in made)
-    test = sign_flip_test([np.log1p(own.tokens) for own in made])
-    least = 2.0 ** (1 - n)
-    outcome = verdict(test.statistic, test.p, least)
+    return [
+        _gain_claim(made, noise, seeds),
+        _prefix_claim(made, noise, seeds),
+        *_speed_claim(made, seeds),
+    ]
+
+
+def _gain_claim(made: Sequence[Transition], noise: Noise, seeds: int) -> Claim:
+    """The ladder gains tokens from its first rung here to its last."""
+    test = ends_test(made, noise)
+    outcome = verdict(test.statistic, test.p, 0.0)
+    n = len(made)
     total = float(np.prod([1 + own.tokens for own in made])) - 1
     counts = {
         kind: sum(own.kind == kind for own in made) for kind in (*COLOURS, "null", "not measured")
     }
     listed = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    control = f"least p of {words(n, 'transition')}: {least:.2g}"
-    gains = Claim(
-        "3", "steps of the ladder lower the tokens to the target", n, seeds, "", test.statistic,
-        test.p, control, outcome,
-        f"{outcome.capitalize()}: mean token gain {number(np.expm1(test.statistic), '+.0%')} a "
-        f"step, {number(total, '+.0%')} in all, over {words(n, 'transition')} ({listed}), "
-        f"{p_text(test)} by signs (least possible {least:.2g}).",
+    first, last = made[0].before.family.rung, made[-1].after.family.rung
+    freedom = words(noise.tokens.freedom, "degree")
+    control = (
+        f"seed sd of ln tokens {number(noise.tokens.seeds, '.3f')} with {freedom} of freedom"
+        if noise.runs
+        else "no cell has two seeds, so there is no error"
+    )
+    return Claim(
+        "3", f"the ladder from {first} to {last} lowers the tokens to the target", 2, seeds, "",
+        test.statistic, test.p, control, outcome,
+        f"{outcome.capitalize()}: token gain {number(total, '+.0%')} from {first} to {last}, each "
+        f"at its best batch, t {number(test.statistic, '.1f')} of the difference between these two "
+        f"rungs in seed errors, {p_text(test)}; over {words(n, 'transition')} ({listed}), which "
+        f"share rungs and have no test together; {control}.",
     )  # fmt: skip
-    return [gains, _prefix_claim(made, noise, seeds), *_speed_claim(made, seeds)]
 
 
 def _prefix_claim(made: Sequence[Transition], noise: Noise, seeds: int) -> Claim:
     """The published column of activation-led gains is dominated by the prefix of the ladder."""
     test, least = prefix_test(made)
     outcome = verdict(test.statistic, test.p, least)
-    led = [own.name for own in made if own.gains_learning and own.led == "activation-led"]
+    judged = [own for own in made if own.judged]
+    led = [own.name for own in judged if own.gains_learning and own.led == "activation-led"]
     floors = [noise.floors[key] for key in SPECTRA[:2]]
     known = all(map(isfinite, floors))
     floor = f"seed floors: JSD {floors[0]:.2g} of activations, {floors[1]:.2g} of gradients"
@@ -208,10 +222,10 @@ def _prefix_claim(made: Sequence[Transition], noise: Noise, seeds: int) -> Claim
     found = ", ".join(led) or "none"
     return Claim(
         "3", f"activation-led gains lie in the prefix of the ladder, up to {PREFIX[-1]}",
-        len(made), seeds, "1-10", test.statistic, test.p, control, outcome,
-        f"{outcome.capitalize()}: activation-led gains: {found}, of "
-        f"{words(len(made), 'transition')}; {p_text(test)} (least possible {least:.2g}); "
-        f"{control}.",
+        len(judged), seeds, "1-10", test.statistic, test.p, control, outcome,
+        f"{outcome.capitalize()}: activation-led gains: {found}; gains and shifts are known of "
+        f"{len(judged)} of {words(len(made), 'transition')}, which alone are counted; one-sided "
+        f"{p_text(test)} (least possible {least:.2g}); {control}.",
     )  # fmt: skip
 
 
@@ -265,9 +279,10 @@ def _caption_text(study, options: Options, made: Sequence[Transition], noise: No
     ]  # fmt: skip
     if noise.runs:
         parts.append(
-            f"Bars: twice the seed error, from {noise.runs} runs in cells with several seeds; a "
-            "gain must exceed it too. Dotted: the seed floor of the JSD, dashed: three floors, "
-            "from which a spectrum counts as moved."
+            f"Bars: twice the seed error, from {noise.runs} runs in cells with several seeds"
+            + (", what a seed changes everywhere taken out" if noise.tokens.crossed else "")
+            + "; a gain must exceed it too. Dotted: the seed floor of the JSD, dashed: three "
+            "floors, from which a spectrum counts as moved."
         )
     else:
         parts.append("No cell has several seeds: no errors, no floors, nothing resolved.")

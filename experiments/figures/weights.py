@@ -6,7 +6,7 @@ it. Source: protocol spec, figure 17.
 """
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from math import factorial
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from lens_jax.alignment import RATIO_TOLERANCE, at_tokens
 from lens_jax.axis_style import SHADE, rank_axes, visible
 from lens_jax.claims import Claim, Missing, number, p_text, verdict
 from lens_jax.correlations import UNDEFINED, PermutationTest, spearman_exact_p
-from lens_jax.fits import fit_power_law, jsd
+from lens_jax.fits import jsd, window_alpha
 from lens_jax.step_files import StepFile
 
 INCHES = {17: (7.2, 6.4)}
@@ -44,17 +44,25 @@ class Look(NamedTuple):
     filled: bool
     rows: dict[str, StepFile]
 
+    def present(self, members: Sequence[Member]) -> list[Member]:
+        """The variants of which a seed was measured there, with those seeds alone."""
+        found = [m._replace(runs=tuple(r for r in m.runs if r.name in self.rows)) for m in members]
+        return [member for member in found if member.runs]
 
-def head_alpha(run: Run, row: StepFile, matrix: str) -> float:
-    """Exponent of the singular values on ranks 1-10, whatever the width."""
-    return fit_power_law(row.array(WEIGHT, run.final_site(WEIGHT, matrix)), *HEAD).alpha
+    def values(self, run: Run, matrix: str) -> np.ndarray:
+        """The singular values of a run's last layer there."""
+        return self.rows[run.name].array(WEIGHT, run.final_site(WEIGHT, matrix))
+
+    def heads(self, member: Member, matrix: str) -> list[float]:
+        """The head exponents of a variant's seeds there."""
+        return [window_alpha(self.values(run, matrix), *HEAD) for run in member.runs]
 
 
 def draw_17(figure: Figure, study: Study, options: Options) -> list[Claim]:
     """Draws weight spectra and their head exponents; raises Missing without measured weights."""
     families = [f for f in study.families if f.tier == "d12"] or study.families
     found = [token_best(study, family, options) for family in families]
-    members = [m for m in found if m is not None and all(_rows(m.first, x) for x, _ in MATRICES)]
+    members = [m for m in found if m is not None and _measured(m.first)]
     if not members:
         raise Missing(
             "runs with the weight probe on attn.c_proj and mlp.c_proj: "
@@ -92,15 +100,22 @@ def find_looks(members: Sequence[Member]) -> list[Look]:
     The end is the target, so variants that did not reach it are not in it. Equal tokens: the most
     that all runs were measured at. A step may be off the published one by RATIO_TOLERANCE in ln.
     """
-    rows = {m.first.name: _rows(m.first, MATRICES[0][0]) for m in members}
-    ends = {m.first.name: rows[m.first.name][-1] for m in members if m.reached}
+    rows = {run.name: own for m in members for run in m.runs if (own := _measured(run))}
+    reached = [run.name for m in members if m.reached for run in m.runs]
+    ends = {name: rows[name][-1] for name in reached if name in rows}
     looks = [Look("at the end", "o", True, ends)]
     if tokens := late_tokens(list(rows.values())):
         equal = {name: at_tokens(own, tokens).row for name, own in rows.items()}
         where = f"at {span_text(row.tokens for row in equal.values())} tokens"
         looks.append(Look(where, "D", False, equal))
     looks.append(Look(f"at step {PUBLISHED_STEP}", "s", False, _at_step(rows, PUBLISHED_STEP)))
-    return [look for look in looks if len(look.rows) > 1]
+    return [look for look in looks if len(look.present(members)) > 1]
+
+
+def _measured(run: Run) -> list[StepFile]:
+    """The rows of a run that has both matrices, else none."""
+    found = [_rows(run, matrix) for matrix, _ in MATRICES]
+    return found[0] if all(found) else []
 
 
 def _at_step(rows: dict[str, list[StepFile]], step: int) -> dict[str, StepFile]:
@@ -120,19 +135,19 @@ def _draw_spectra(ax, members: Sequence[Member], matrix: str) -> None:
 
 
 def _draw_heads(ax, members: Sequence[Member], looks: Sequence[Look], matrix: str) -> None:
-    """A row a variant: its head exponent at each look, the first seed's; bars: spread of seeds."""
+    """A row a variant: its head exponent at each look, the mean of its seeds, and their range."""
     for place, member in enumerate(members):
-        run, colour = member.first, family_line(member.family.rung)["color"]
+        colour = family_line(member.family.rung)["color"]
         for look in looks:
-            if run.name in look.rows:
-                value = head_alpha(run, look.rows[run.name], matrix)
+            for own in look.present([member]):
+                heads = look.heads(own, matrix)
                 face = colour if look.filled else "white"
                 depth = 3 - look.filled  # hollow marks stay visible on filled ones
                 ax.plot(
-                    value, place, look.marker, color=colour, mfc=face, ms=5, mew=1.3, zorder=depth
-                )
-        ends = [head_alpha(r, own[-1], matrix) for r in member.runs if (own := _rows(r, matrix))]
-        ax.plot([min(ends), max(ends)], [place, place], color=colour, lw=3, alpha=0.35)
+                    np.mean(heads), place, look.marker, color=colour, mfc=face, ms=5, mew=1.3,
+                    zorder=depth,
+                )  # fmt: skip
+                ax.plot([min(heads), max(heads)], [place, place], color=colour, lw=3, alpha=0.35)
     ax.set_xlabel(r"$\alpha$ of $\sigma$, ranks 1-10")
     ax.set_ylim(-0.6, len(members) - 0.4)
 
@@ -140,15 +155,15 @@ def _draw_heads(ax, members: Sequence[Member], looks: Sequence[Look], matrix: st
 def separation(members: Sequence[Member], look: Look) -> tuple[PermutationTest, float, float]:
     """Tests that the MLP output separates variants more than W_O does; with both sds.
 
-    Paired variances are equal exactly where sum and difference of the pairs do not correlate
-    (Pitman 1939, Morgan 1939); here by ranks, so that the null is exact over orders. The statistic
-    is rho, above 0 where the MLP output has the larger spread of head exponents.
+    Of means over the seeds of a variant. Paired variances are equal exactly where sum and
+    difference of the pairs do not correlate (Pitman 1939, Morgan 1939); here by ranks, so that the
+    null is exact over orders. The statistic is rho, above 0 where the MLP output has the larger
+    spread of head exponents.
     """
     pairs = np.array(
         [
-            [head_alpha(m.first, look.rows[m.first.name], matrix) for matrix, _ in MATRICES]
-            for m in members
-            if m.first.name in look.rows
+            [np.mean(look.heads(member, matrix)) for matrix, _ in MATRICES]
+            for member in look.present(members)
         ]
     )
     if len(pairs) < 3:
@@ -159,43 +174,42 @@ def separation(members: Sequence[Member], look: Look) -> tuple[PermutationTest, 
 
 
 def _mean_jsd(members: Sequence[Member], look: Look, matrix: str) -> float:
-    spectra = [
-        look.rows[m.first.name].array(WEIGHT, m.first.final_site(WEIGHT, matrix))
-        for m in members
-        if m.first.name in look.rows
-    ]
-    return float(np.mean([jsd(a, b) for a, b in combinations(spectra, 2)]))
+    """The mean JSD of two variants, over all pairs of their seeds."""
+    spectra = [[look.values(run, matrix) for run in m.runs] for m in look.present(members)]
+    found = [np.mean([jsd(a, b) for a, b in product(*two)]) for two in combinations(spectra, 2)]
+    return float(np.mean(found))
 
 
 def _claim(members: Sequence[Member], look: Look) -> Claim:
     test, output, mlp = separation(members, look)
-    count = len(look.rows)
+    present = look.present(members)
+    count = len(present)
     outcome = verdict(test.statistic, test.p, 2 / factorial(count))
-    seeds = _seed_ranges(members)
-    control = f"largest difference between seeds of a variant at its end: {seeds}"
+    control = (
+        f"largest difference between seeds of one variant there: {_seed_ranges(present, look)}"
+    )
     divergences = [_mean_jsd(members, look, matrix) for matrix, _ in MATRICES]
     return Claim(
         "17", f"{look.name}, the MLP output separates variants more than W_O", count,
-        1, "1-10", test.statistic, test.p, control, outcome,
-        f"{outcome.capitalize()}: sd of head exponents over {count} variants {look.name}: MLP out "
-        f"{number(mlp, '.3f')}, W_O {number(output, '.3f')}; rho(sum, difference) = "
-        f"{number(test.statistic)}, {p_text(test)} over orders; mean JSD between variants "
-        f"{number(divergences[1], '.2g')} beside {number(divergences[0], '.2g')}; {control}.",
+        min(len(member.runs) for member in present), "1-10", test.statistic, test.p, control,
+        outcome,
+        f"{outcome.capitalize()}: sd of head exponents, means over seeds, of {count} variants "
+        f"{look.name}: MLP out {number(mlp, '.3f')}, W_O {number(output, '.3f')}; rho(sum, "
+        f"difference) = {number(test.statistic)}, {p_text(test)} over orders; mean JSD between "
+        f"variants {number(divergences[1], '.2g')} beside {number(divergences[0], '.2g')}; "
+        f"{control}.",
     )  # fmt: skip
 
 
-def _seed_ranges(members: Sequence[Member]) -> str:
-    """The largest range over seeds of the head exponent at the end, by matrix, in words."""
-    repeated = [member for member in members if len(member.runs) > 1]
+def _seed_ranges(present: Sequence[Member], look: Look) -> str:
+    """The largest range over seeds of a variant's head exponent, by matrix, in words."""
+    repeated = [member for member in present if len(member.runs) > 1]
     if not repeated:
         return "not known, one seed each"
     found = []
     for matrix, name in MATRICES:
-        ends = [
-            [head_alpha(r, own[-1], matrix) for r in m.runs if (own := _rows(r, matrix))]
-            for m in repeated
-        ]
-        found.append(f"{name.strip('$')} {max(max(own) - min(own) for own in ends):.3f}")
+        widest = max(np.ptp(look.heads(member, matrix)) for member in repeated)
+        found.append(f"{name.strip('$')} {widest:.3f}")
     return ", ".join(found)
 
 
@@ -209,9 +223,9 @@ def _caption_text(members: Sequence[Member], looks: Sequence[Look]) -> str:
     near = any(look.marker == "s" for look in looks)
     parts = [
         f"n = {words(len(reached), 'variant')} at the batch that needed the fewest tokens "
-        f"({batches or 'none'}), {seeds} (bars: their range at the end)."
-        " Marks of a and b stand beside the names; singular values over their sum; head: ranks "
-        f"1-10 at every width (shaded). {marks.capitalize()}.",
+        f"({batches or 'none'}), {seeds} (c and d: their mean, bars: their range; a and b: the "
+        "lowest). Marks of a and b stand beside the names; singular values over their sum; head: "
+        f"ranks 1-10 at every width (shaded). {marks.capitalize()}.",
         f"{missed} Theirs is the batch of the lowest last loss; not in the look at the end."
         if missed
         else "",
