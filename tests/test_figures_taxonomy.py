@@ -309,6 +309,8 @@ def test_late_rungs_are_asked_for_speed(study, monkeypatch):
     late = made[0]._replace(before=pair[0], after=pair[1], throughput=0.2, tokens=0.01)
     (claim,) = tricks._speed_claim([late], 1)
     assert (claim.verdict, claim.n) == ("held", 1)
+    (claim,) = tricks._speed_claim([late._replace(tokens=0.001, throughput=0.002)], 1)
+    assert claim.verdict == "undecided"  # neither counts
     (claim,) = tricks._speed_claim([late._replace(tokens=0.3)], 1)
     assert claim.verdict == "did not hold"
     (claim,) = tricks._speed_claim([late._replace(throughput=float("nan"))], 1)

@@ -233,7 +233,8 @@ def _speed_claim(made: Sequence[Transition], seeds: int) -> list[Claim]:
     """The late rungs named in the paper gain throughput; nothing where none follows its own rung.
 
     A rule, for three transitions have no test: held where the throughput gain is the larger of the
-    two and counts in each; undecided where one was not timed.
+    two and counts in each; it fails where one counts as a loss of throughput, or as a greater gain
+    of tokens; undecided where neither does, or one was not timed.
     """
     below = {"fp8head": "softcap", "lswa": "fp8head", "attnscale": "lswa"}
     late = [own for own in made if below.get(own.after.family.rung) == own.before.family.rung]
@@ -243,8 +244,14 @@ def _speed_claim(made: Sequence[Transition], seeds: int) -> list[Claim]:
         own.throughput > own.tokens and direction(own.throughput, own.errors[1]) == 1
         for own in late
     ]
+    against = [
+        direction(own.throughput, own.errors[1]) == -1
+        or (own.tokens > own.throughput and direction(own.tokens, own.errors[0]) == 1)
+        for own in late
+    ]
     timed = all(isfinite(own.throughput) for own in late)
-    outcome = UNDECIDED if not timed else HELD if all(fast) else FAILED
+    outcome = HELD if all(fast) else FAILED if any(against) else UNDECIDED
+    outcome = outcome if timed else UNDECIDED
     share = sum(fast) / len(fast) if timed else float("nan")
     each = ", ".join(
         f"{own.after.family.rung} {number(own.throughput, '+.1%')} speed and "
