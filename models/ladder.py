@@ -10,8 +10,8 @@ at their rung. Those that spoil a run are mended for all: step 0 is saved before
 validation has the dtype of training, there is one window rule in all commands, the clip sees the
 gradient of all devices, and no attention forms all pairs of a long row.
 
-    python -m models.ladder [ladder=clean]       the table; clean: the ladder without riders
-    python -m models.ladder rung=muon [tier=d24] every key of one rung and the layer that set it
+    python -m models.ladder [ladder=clean]        the table; clean: the ladder without riders
+    python -m models.ladder rung=muon [tier=d24]  every key of one rung and the layer that set it
 """
 
 from typing import Any, Literal
