@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import chz
 
-from models.clean_ladder import CLEAN_LADDER
+from models.clean_ladder import CLEAN_CONTROLS, CLEAN_LADDER
 from models.command_line import Layer, UsageError, cast_words, parse_words, run_command
 from models.config import TIERS
 from models.rung import Rung
@@ -197,6 +197,8 @@ LADDER = (
     ),
     # Published at d12 only: with heads of 64, from d24 on, the default scale is 0.125.
     Rung("attnscale", "attention scores times 0.12", {"arch.attn_scale": 0.12}),
+)
+CONTROLS = (
     Rung(
         "lswa_adam",
         "control: Adam on the matrices",
@@ -209,9 +211,13 @@ LADDER = (
         over="lswa",
     ),
 )
-DEFAULT_RUNG = "attnscale"  # the top; the control stands beside it
-LADDERS = {"published": LADDER, "clean": CLEAN_LADDER}
-RUNGS = tuple(rung.name for rung in LADDER)
+DEFAULT_RUNG = "attnscale"  # the top of the published ladder; the control stands beside it
+# controls last, so that a rung appended to a ladder is laid over the one that stands before it
+LADDERS = {
+    "published": (*LADDER, *CONTROLS),
+    "clean": (*CLEAN_LADDER, *CLEAN_CONTROLS),
+}
+RUNGS = tuple(rung.name for rung in LADDERS["published"])
 ALL_RUNGS = tuple(dict.fromkeys(rung.name for ladder in LADDERS.values() for rung in ladder))
 
 
