@@ -107,7 +107,7 @@ def take_ladder(words: list[str]) -> None:
 def take_show(words: list[str]) -> None:
     run, *options = words
     assert "=" not in run
-    assert {option.partition("=")[0] for option in options} <= {"out"}
+    assert {option.partition("=")[0] for option in options} <= {"name", "out"}
 
 
 TAKES = {
