@@ -303,8 +303,18 @@ def test_a_place_that_is_no_study_is_refused(tmp_path):
         run_study(tiny_study(tmp_path), print)
 
 
-def test_help_says_every_key(capsys):
-    assert main(["--help"]) == 0
+@pytest.mark.parametrize(
+    ("task", "own"),
+    [
+        ("banded", ("stages=muon,untied", "measure.bands=37:60", "banded.vocab_size=256")),
+        ("grok", ("grok.p=97",)),
+        ("rff", ("rff.track=A",)),
+    ],
+)
+def test_help_says_every_key_of_a_task_and_none_of_another(capsys, task, own):
+    assert main(["--help", f"task={task}"]) == 0
     shown = capsys.readouterr().out
-    for key in ("profile=laptop", "stages=", "measure.bands=", "grok.p=97", "engine=auto"):
-        assert f"  {key}" in shown
+    for key in ("profile=laptop", "seeds=", "engine=auto", *own):
+        assert f"\n  {key}" in shown
+    for key, of in (("stages", "banded"), ("banded", "banded"), ("grok.", "grok"), ("rff.", "rff")):
+        assert (f"\n  {key}" in shown) == (of == task)
