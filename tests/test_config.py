@@ -191,7 +191,7 @@ def test_ladder_command_names_the_layer_of_every_key(capsys):
     assert ["size.n_layer=24", "tier=d24"] in lines
     assert ["size.block=128", "default"] in lines
     assert ["arch.qk_norm=true", "rung=rope"] in lines
-    assert ["arch.proj_bias=False", "rung=muon"] in lines
+    assert ["arch.proj_bias=false", "rung=muon"] in lines
     assert ["optim.num_steps=50000", "rung=rope"] in lines
 
 

@@ -318,3 +318,13 @@ def test_help_says_every_key_of_a_task_and_none_of_another(capsys, task, own):
         assert f"\n  {key}" in shown
     for key, of in (("stages", "banded"), ("banded", "banded"), ("grok.", "grok"), ("rff.", "rff")):
         assert (f"\n  {key}" in shown) == (of == task)
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("first", 2)])
+def test_a_worker_asked_for_help_says_one_line(word, code):
+    done = subprocess.run(
+        [sys.executable, "-m", "toy_modular.worker", word], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert (done.stdout + done.stderr).count("\n") == 1
+    assert "run toy_modular.study instead" in done.stdout + done.stderr
