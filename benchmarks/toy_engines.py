@@ -41,13 +41,13 @@ class ToyBenchConfig:
 
     out: str | None = chz.field(default=None, doc="file for the JSON document, beside stdout")
     profile: str = chz.field(default="laptop", doc="laptop or paper, as in toy_modular.study")
-    stage: str = "untied"
-    batch: int = 32
+    stage: str = chz.field(default="untied", doc="stage of the toy that is trained")
+    batch: int = chz.field(default=32, doc="sequences a step")
     members: int = chz.field(default=4, doc="rates of the section engines")
     short: int = chz.field(default=20, doc="steps that every engine first makes")
     long: int = chz.field(default=80, doc="steps it makes the second time")
     run_steps: int = chz.field(default=1000, doc="length of the run whose shares are told")
-    repeats: int = 5
+    repeats: int = chz.field(default=5, doc="timed calls of every variant of step and looking")
 
     @chz.validate
     def _ranges(self):

@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lens_jax import fits, jackknife, lens, probes, records, show, step
+from lens_jax.fits import gradient_noise_scale, rankme
+from lens_jax.jackknife import estimate
+from lens_jax.lens import make_lens, split_windows
+from lens_jax.probes import spectra
+from lens_jax.records import write_step
+from lens_jax.show import draw_run
+from lens_jax.step import init_state, make_train_step
 
-FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/example_mlp")
-SHAPES = {"h_0": (32, 64), "h_1": (64, 64), "head": (64, 10)}
+# The data: points around ten centres.
 rng = np.random.default_rng(0)
 centres = rng.normal(0, 0.7, (10, 32))
 
@@ -23,6 +28,10 @@ centres = rng.normal(0, 0.7, (10, 32))
 def draw(*rows):
     y = rng.integers(10, size=rows)
     return {"x": rng.normal(centres[y]), "y": y}  # (*rows, 32), rows
+
+
+# The model, which returns what is to be looked at beside its loss.
+SHAPES = {"h_0": (32, 64), "h_1": (64, 64), "head": (64, 10)}
 
 
 def loss_fn(params, batch):
@@ -33,26 +42,33 @@ def loss_fn(params, batch):
     return losses.mean(), {"h_0/out": first, "h_1/out": second}
 
 
-kernels = ("h_0/kernel", "h_1/kernel")
-sites = {"activations": ("h_0/out", "h_1/out"), "gradients": kernels, "weights": kernels}
-watch = lens.make_lens(windows=1024, samples=256, chunk=256, route="vmap_grad", **sites)
-probe_set = lens.split_windows(draw(1024), samples=256, chunk=256)
+# The lens: 1,024 rows, of which the first 256 are gradient samples.
+kernels = ["h_0/kernel", "h_1/kernel"]
+rows = {"samples": 256, "chunk": 256}
+sites = {"activations": ["h_0/out", "h_1/out"], "gradients": kernels, "weights": kernels}
+lens = make_lens(windows=1024, **rows, **sites)
+probe_set = split_windows(draw(1024), **rows)
+
+# Training: the step measures where `measure` is true.
 starts = {name: rng.normal(0, shape[0] ** -0.5, shape) for name, shape in SHAPES.items()}
-tx, log = optax.adam(1e-3), []
-state = step.init_state({name: {"kernel": jnp.asarray(k)} for name, k in starts.items()}, tx)
-train_step = step.make_train_step(loss_fn, tx, watch)
+params = {name: {"kernel": jnp.asarray(start)} for name, start in starts.items()}
+tx = optax.adam(1e-3)
+state, step = init_state(params, tx), make_train_step(loss_fn, tx, lens)
+folder, log = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/example_mlp"), []
 for i in range(65):
-    measure, meta = i & (i - 1) == 0, {"tokens": 128 * i}  # at 0 and the powers of two
-    state, metrics, seen = train_step(state, draw(1, 128), probe_set, measure=measure)
-    log.append(json.dumps({"kind": "train", "loss": float(metrics["loss"]), **meta}) + "\n")
+    measure = i & (i - 1) == 0  # at 0 and the powers of two
+    state, metrics, summaries = step(state, draw(1, 128), probe_set, measure=measure)
+    log.append({"kind": "train", "tokens": 128 * i, "loss": float(metrics["loss"])})
     if measure:
-        arrays = probes.spectra(seen)
-        records.write_step(FOLDER / "spectra", i, arrays, meta)
-(FOLDER / "metrics.jsonl").write_text("".join(log))
-show.draw_run(FOLDER)
-rank, error = jackknife.estimate(fits.rankme, arrays, "h_1/out", "act_cov_eigenvalues")
-kinds = ("grad_singular_values_centred", "grad_mean_sq")
-noise, spread = jackknife.estimate(
-    lambda *spectra: fits.gradient_noise_scale(*spectra).b_simple, arrays, "h_1/kernel", *kinds
+        arrays = spectra(summaries)
+        write_step(folder / "spectra", i, arrays, {"tokens": 128 * i})
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+draw_run(folder)  # summary.png
+
+# Two statistics of the last measurement, each with its error.
+rank, error = estimate(rankme, arrays, "h_1/out", "act_cov_eigenvalues")
+noise, spread = estimate(
+    lambda centred, mean_sq: gradient_noise_scale(centred, mean_sq).b_simple,
+    *(arrays, "h_1/kernel", "grad_singular_values_centred", "grad_mean_sq"),
 )
 print(f"h_1: RankMe {rank:.2f} +- {error:.2f}, noise scale {noise:.0f} +- {spread:.0f} rows")

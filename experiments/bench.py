@@ -1,7 +1,7 @@
 """Time the training step, the lens inside it, three routes to per-sample gradients, and kernels.
 
     python -m experiments.bench tier=d12 profile=laptop
-    python -m experiments.bench sections=gradients probes.gradient_windows=32 loop_layers=1
+    python -m experiments.bench sections=gradients probes.gradient_windows=32 probes.chunk=32
     python -m experiments.bench sections=attention lengths=4096,8192,16384
     python -m experiments.bench peer=torch
     python -m experiments.bench --help

@@ -84,7 +84,7 @@ class ProbeConfig:
     )
     matrices: tuple[str, ...] = chz.field(
         default=("attn.c_q", "attn.c_v", "attn.c_proj", "mlp.c_proj"),
-        doc="matrices under the gradient and weight probes",
+        doc="matrices under the gradient and weight probes, among " + ", ".join(MATRICES),
     )
     sample: Literal["row", "window"] = chz.field(
         default="row",

@@ -26,6 +26,7 @@ from models.command_line import (
 )
 from models.config import TIERS
 from models.ladder import LADDERS, rung_values
+from models.type_words import as_typed
 
 CORPUS_EOT = 0  # as experiments.corpus numbers it
 # where results go, how far a run goes this time, and how the same numbers are computed
@@ -36,6 +37,12 @@ ALIASES = {
     "probe_data": "probes.data",
     "measure_every": "probes.every",
 }
+
+
+FIRST_IN_HELP = (
+    *("rung", "ladder", "tier", "profile", "batch", "seed", "data.source"),
+    *("probes.names", "probes.data", "probes.every", "target_loss", "max_tokens", "out", "resume"),
+)
 
 
 def laptop(tier: str) -> dict[str, Any]:
@@ -185,7 +192,7 @@ def parse_command(argv: list[str]) -> dict[str, str]:
 def help_text(usage: str, words: Mapping[str, str]) -> str:
     """`--help` of a command that takes a run's keys, with the values the other words give."""
     config, _ = resolve_somewhere(words)
-    return help_page(usage, RunConfig, ALIASES, flatten(config))
+    return help_page(usage, RunConfig, ALIASES, flatten(config), first=FIRST_IN_HELP)
 
 
 def describe_layers(config: RunConfig, origin: Mapping[str, str]) -> list[str]:
@@ -197,9 +204,7 @@ def describe_layers(config: RunConfig, origin: Mapping[str, str]) -> list[str]:
         default = known[key].default
         default = list(default) if isinstance(default, tuple) else default
         if flat[key] != default and key not in ("tier", "profile", "rung"):
-            shown = flat[key]
-            shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
-            by_layer.setdefault(layer, []).append(f"{key}={shown}")
+            by_layer.setdefault(layer, []).append(f"{key}={as_typed(flat[key])}")
     return [f"{layer}: {' '.join(values)}" for layer, values in by_layer.items()]
 
 

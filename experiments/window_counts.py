@@ -6,7 +6,7 @@
 The feature of a window is how often each token occurs in it; the spectrum is that of the covariance
 of these vectors over N windows, by the N x N Gram matrix of centred counts. The two samples are
 compared by the Jensen-Shannon divergence of their spectra, and against chance: 2 N windows of `a`
-are split at random into halves, which differ by sampling alone. Source: protocol spec, figure 5.
+are split at random into halves, which differ by sampling alone.
 """
 
 from collections.abc import Callable

@@ -86,6 +86,7 @@ def make_lens(
     activations: Sequence[str] = (),
     gradients: Sequence[str] = (),
     weights: Sequence[str] = (),
+    probes: Sequence[Probe] = (),
     samples: int | None = None,
     chunk: int | None = None,
     pieces: int = 1,
@@ -98,7 +99,8 @@ def make_lens(
     """A lens on `windows` rows of data.
 
     activations: names of taps. gradients, weights: paths of parameters, as
-    `lens_jax.taps.parameter_paths` lists them. samples: how many of the rows, the first, are
+    `lens_jax.taps.parameter_paths` lists them. probes: of one's own, on taps or parameters
+    (`lens_jax.probes.Probe`). samples: how many of the rows, the first, are
     samples of the gradient probe (None: all). chunk: rows in one pass of the model (None: all
     samples at once). pieces: into how many equal stretches a row is cut, each a gradient sample
     with the mean loss of its own positions (one backward pass only). sweeps: visits of the samples,
@@ -136,8 +138,8 @@ def make_lens(
         )
     if pieces > 1 and route == "vmap_grad":
         raise ValueError(f"pieces={pieces} of a row are samples to route='one_backward' only")
-    passes = samples // rows
-    probes = []
+    _check_own(probes)
+    passes, own, probes = samples // rows, tuple(probes), []
     if activations:
         passes_of = (rows, chunk) if windows > samples else (rows,)
         groups = even_groups(windows, *passes_of, spread=spread, most=groups)
@@ -147,12 +149,27 @@ def make_lens(
         probes.append(weight_probe(tuple(weights)))
     sink = Sink(rows * pieces, "rows" if passes > 1 else "gram", pieces)
     parts = [part for k in range(sweeps) if (part := _part(gradients, sweeps, k))]
+    on_taps = bool(activations) or any(probe.needs == "taps" for probe in own)
     return Lens(
-        tuple(probes),
+        (*probes, *own),
         tuple(Sweep(gradient_probe(part, sink, passes), sink, route, rows) for part in parts),
         passes,
-        windows if activations else None,
+        windows if on_taps else None,
     )
+
+
+def _check_own(probes: Sequence[Probe]) -> None:
+    """Raises ValueError for probes that would take the place of others, or read no evidence."""
+    taken = {"activation", "gradient", "weight"}
+    for probe in probes:
+        if probe.name in taken:
+            raise ValueError(f"there are two probes called {probe.name!r}: give each its own name")
+        if probe.needs not in ("taps", "params"):
+            raise ValueError(
+                f"the probe {probe.name!r} needs {probe.needs!r}: a probe of one's own reads "
+                f"'taps' or 'params'"
+            )
+        taken.add(probe.name)
 
 
 def _part(paths: Sequence[str], parts: int, k: int) -> tuple[str, ...]:

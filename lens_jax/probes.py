@@ -63,6 +63,9 @@ class Probe(NamedTuple):
     """One measurement.
 
     needs: the evidence it reads, "params", "taps" or "sinks"; reads: the names of what it reads.
+    init sees the parameters, and of taps and sinks only shapes and dtypes; where all probes of a
+    lens need "params" there is no pass and no update. summarize names what it gives
+    `<kind>/<site>`: arrays that go into a record as they are, unless `spectra` knows the kind.
     """
 
     name: str
@@ -205,9 +208,10 @@ def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> di
 
     xp: numpy for float64 on the host, jax.numpy for float32 inside a compiled step. resample: on
     the host, also the spectra with parts of the measurement left out, from which error bars come
-    (`lens_jax.jackknife`). Names and shapes are those of `lens_jax.records`. What was measured of
-    numbers that are not finite is NaN. Raises ValueError where one backward pass saw other
-    gradients than those of the parameter; inside a step these are NaN too.
+    (`lens_jax.jackknife`). What a probe of one's own gives goes through as it is. Names and shapes
+    are those of `lens_jax.records`. What was measured of numbers that are not finite is NaN. Raises
+    ValueError where one backward pass saw other gradients than those of the parameter; inside a
+    step these are NaN too.
     """
     resample = resample and xp is np
     arrays = {}
@@ -216,13 +220,24 @@ def spectra(summaries: Mapping[str, Any], xp=np, *, resample: bool = True) -> di
         if kind == FACTS:
             continue
         if kind not in _SPECTRA:
-            raise ValueError(f"no spectrum is defined for the summary {name!r}")
+            arrays[name] = _as_given(name, value, xp)
+            continue
         if kind == "grad":
             value = _checked(where, value, summaries.get(f"{FACTS}/{where}"), xp)
         with np.errstate(all="ignore"):  # what is not finite comes out as NaN
             found = _SPECTRA[kind](value, xp, resample)
         arrays |= {f"{quantity}/{where}": values for quantity, values in found.items()}
     return arrays
+
+
+def _as_given(name: str, value, xp):
+    """What a probe of one's own gives; raises ValueError unless it is an array with a site."""
+    if "/" not in name or not hasattr(value, "shape"):
+        raise ValueError(
+            f"the summary {name!r} of a probe is no array named <kind>/<site>, which goes into a "
+            f"record as it is"
+        )
+    return xp.asarray(value)
 
 
 def _checked(path: str, gram, facts, xp):

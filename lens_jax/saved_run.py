@@ -207,8 +207,8 @@ def conditions(run: SavedRun) -> list[str]:
     return words
 
 
-def read_run(folder: str | Path) -> SavedRun:
-    """Reads a run folder.
+def read_run(folder: str | Path, name: str | None = None) -> SavedRun:
+    """Reads a run folder, with the records in spectra/ or, with a name, in spectra_<name>/.
 
     Raises ValueError with one line when the folder is missing, holds neither metrics.jsonl nor
     spectra/, or when one of its files is damaged. A last metrics line without its newline is left
@@ -217,7 +217,12 @@ def read_run(folder: str | Path) -> SavedRun:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
-    metrics, spectra = folder / "metrics.jsonl", folder / "spectra"
+    spectra = folder / ("spectra" if name is None else f"spectra_{name}")
+    if name is not None and not spectra.is_dir():
+        there = sorted(path.name.removeprefix("spectra_") for path in folder.glob("spectra_*"))
+        mend = f"give one of {', '.join(there)}" if there else "no measurement there has a name"
+        raise ValueError(f"name={name}: {folder} has no {spectra.name}; {mend}")
+    metrics = folder / "metrics.jsonl"
     if not metrics.is_file() and not spectra.is_dir():
         raise ValueError(f"{folder}: no run folder (neither metrics.jsonl nor spectra/ in it)")
     rows = _read_metrics(metrics) if metrics.is_file() else []

@@ -1,6 +1,7 @@
 """Draws a run folder on one page or as a report: `python -m lens_jax.show RUN [out=FILE]`.
 
-Reads config.json, metrics.jsonl and spectra/ only; needs neither an accelerator nor jax.
+Reads config.json, metrics.jsonl and spectra/ (or spectra_<name>/) only; needs neither an
+accelerator nor jax.
 """
 
 import os
@@ -10,36 +11,41 @@ from pathlib import Path
 
 from lens_jax.saved_run import SavedRun, conditions, headline, read_run
 
-USAGE = """usage: python -m lens_jax.show RUN [out=FILE]
+USAGE = """usage: python -m lens_jax.show RUN [name=NAME] [out=FILE]
 
 Draws the run folder RUN: loss, activation, gradient and weight spectra, alpha and RankMe
 over training with error bars. Parts that were not measured are left blank.
 
-  RUN       folder with metrics.jsonl and/or spectra/ (and config.json)
-  out=FILE  what to write, by its ending   [RUN/summary.png]
-            .png .pdf .svg  all figures on one page
-            .html           a report that stands alone: the figures, large and small screens,
-                            and a sortable table of every statistic
-            .csv            that table, a row per step and site
+  RUN        folder with metrics.jsonl and/or spectra/ (and config.json)
+  name=NAME  the records in RUN/spectra_NAME, which experiments.measure made, not RUN/spectra
+  out=FILE   what to write, by its ending   [RUN/summary.png, or RUN/summary_NAME.png]
+             .png .pdf .svg  all figures on one page
+             .html           a report that stands alone: the figures, large and small screens,
+                             and a sortable table of every statistic
+             .csv            that table, a row per step and site
 """
 PICTURES = (".png", ".pdf", ".svg")
 FORMATS = (*PICTURES, ".html", ".csv")
 INCHES, DPI = (16.0, 9.0), 120
 
 
-def draw_run(run_folder: str | Path, out: str | Path | None = None) -> Path:
+def draw_run(
+    run_folder: str | Path, out: str | Path | None = None, name: str | None = None
+) -> Path:
     """Draws a run folder and returns the file, replaced whole.
 
-    `out` is by default `summary.png` in the folder. Its ending chooses: .png, .pdf and .svg are
+    `name`: of the records, as `saved_run.read_run` takes it. `out` is by default `summary.png`, or
+    `summary_<name>.png`, in the folder. Its ending chooses: .png, .pdf and .svg are
     one page of 16 x 9 inches, .html is the report of `lens_jax.report`, .csv the table of
     `lens_jax.table`. Raises ValueError with one line for a folder that is no run, a damaged file
     in it, or an `out` of another ending or in a folder that does not exist.
     """
     run_folder = Path(run_folder)
-    out = run_folder / "summary.png" if out is None else Path(out)
+    page = "summary.png" if name is None else f"summary_{name}.png"
+    out = run_folder / page if out is None else Path(out)
     if out.suffix not in FORMATS:
         raise ValueError(f"out={out}: end the name in {', '.join(FORMATS)}")
-    run = read_run(run_folder)
+    run = read_run(run_folder, name)
     if not out.parent.is_dir():
         raise ValueError(f"out={out}: no such folder {out.parent}")
     write = {".html": _write_report, ".csv": _write_table}.get(out.suffix, _draw_page)
@@ -98,15 +104,16 @@ def main(arguments: list[str]) -> int:
     try:
         folders = [word for word in arguments if not word.startswith("-") and "=" not in word]
         options = [word for word in arguments if word not in folders]
+        usage = "RUN [name=NAME] [out=FILE]"
         if len(folders) != 1:
-            raise ValueError(f"{len(folders)} run folders given: give one, RUN [out=FILE]")
-        out = None
+            raise ValueError(f"{len(folders)} run folders given: give one, {usage}")
+        given = {}
         for option in options:
             key, _, value = option.partition("=")
-            if key != "out" or not value:
-                raise ValueError(f"unknown argument {option!r}: give RUN [out=FILE]")
-            out = value
-        print(draw_run(folders[0], out))
+            if key not in ("name", "out") or not value:
+                raise ValueError(f"unknown argument {option!r}: give {usage}")
+            given[key] = value
+        print(draw_run(folders[0], **given))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -78,6 +78,8 @@ CLEAN_LADDER = (
     Rung("fp8head", "output head in float8", {"arch.head_dtype": "float8"}),
     Rung("lswa", "long and short windows", {"arch.long_short": True}),
     Rung("attnscale", "attention scores times 0.12", {"arch.attn_scale": 0.12}),
+)
+CLEAN_CONTROLS = (
     Rung(
         "lswa_adam",
         "control: Adam on the matrices",

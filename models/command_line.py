@@ -7,13 +7,20 @@ classes by name, so a command line cannot reach code. Nothing here imports jax.
 
 import difflib
 import os
+import re
 import sys
-import types
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import chz
+
+from models.type_words import UNIONS, as_typed, choices, describe
+
+HELP_WIDTH, HELP_COLUMN = 100, 40
+REST = "other keys"
+_SOURCE = re.compile(r" \([^()]*spec [^()]*\)")  # of a docstring's first line, no help to a user
 
 
 class UsageError(ValueError):
@@ -27,11 +34,12 @@ class UsageError(ValueError):
 
 
 class Leaf(NamedTuple):
-    """One settable value of a configuration."""
+    """One settable value of a configuration; section: what the class it is of is about."""
 
     type: Any
     default: Any
     doc: str
+    section: str = ""
 
 
 class Layer(NamedTuple):
@@ -50,7 +58,8 @@ def leaves(cls: type, prefix: str = "") -> dict[str, Leaf]:
         else:
             default = getattr(cls(), name)
             # chz keeps the doc of a field under a private name and prints it from there itself
-            found[prefix + name] = Leaf(field.final_type, default, field._doc)
+            about = _SOURCE.sub("", (cls.__doc__ or "").partition("\n")[0])
+            found[prefix + name] = Leaf(field.final_type, default, field._doc, about)
     return found
 
 
@@ -114,7 +123,7 @@ def cast(key: str, text: str, declared: Any) -> Any:
 
 def _cast(text: str, declared: Any) -> Any:
     origin = get_origin(declared)
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return _cast_union(text, get_args(declared))
     if origin is Literal:
         for option in get_args(declared):
@@ -184,22 +193,6 @@ def check_report(path: str) -> None:
         raise ValueError(f"out={path}: its folder does not exist; make it, or choose one")
 
 
-def describe(declared: Any) -> str:
-    """A type in the words of an error message or a help page."""
-    origin = get_origin(declared)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in get_args(declared))
-    if origin is Literal:
-        return "one of " + ", ".join(str(option) for option in get_args(declared))
-    if origin is tuple:
-        items = get_args(declared)
-        if items[-1] is Ellipsis:
-            return f"{describe(items[0])} several times, separated by commas"
-        return f"{len(items)} values separated by commas"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    return "none" if declared is type(None) else words[declared]
-
-
 def build(cls: type, layers: Iterable[Layer]) -> tuple[Any, dict[str, str]]:
     """The configuration that the layers give, and for every key set the name of its last layer.
 
@@ -222,19 +215,45 @@ def help_page(
     aliases: Mapping[str, str],
     values: Mapping[str, Any],
     known: Mapping[str, Leaf] | None = None,
+    first: Iterable[str] = (),
 ) -> str:
-    """The text of `--help`: usage, then every key with its value here, its type and its meaning.
+    """The text of `--help`: usage, then every key with its value here, its meaning, its choices.
 
+    Keys stand in sections, those of a nested class together; `first` come before all others.
     known: the keys, where they are not those of `cls`.
     """
-    short = {full: f" (also {alias}=)" for alias, full in aliases.items()}
+    known = known or leaves(cls)
+    short = {full: f"also {alias}=" for alias, full in aliases.items()}
+    sections = {"": [key for key in first if key in known]}
+    for key in known:
+        if key not in sections[""]:
+            sections.setdefault(key.rpartition(".")[0] or REST, []).append(key)
+    if not sections[""]:
+        sections[""] = sections.pop(REST, [])
     lines = [usage.rstrip(), "", "keys (with the value they have in this command):"]
-    for key, leaf in (known or leaves(cls)).items():
-        shown = values.get(key, leaf.default)
-        shown = ",".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
-        meaning = leaf.doc or describe(leaf.type)
-        lines.append(f"  {key}={shown}".ljust(44) + f" {meaning}{short.get(key, '')}")
+    for section, keys in sections.items():
+        if section:
+            about = known[keys[0]].section
+            lines += ["", section if section == REST else f"{section}: {about}"]
+        for key in keys:
+            lines += _help_of(key, known[key], values.get(key, known[key].default), short)
     return "\n".join(lines)
+
+
+def _help_of(key: str, leaf: Leaf, value: Any, short: Mapping[str, str]) -> list[str]:
+    """One key of a help page: what stands to its right is wrapped, or begins on the next line."""
+    named = choices(leaf.type)
+    meaning = [leaf.doc or ("" if named else describe(leaf.type)), named]
+    if key in short:
+        meaning.append(f"({short[key]})")
+    head, margin = f"  {key}={as_typed(value)}", " " * HELP_COLUMN
+    body = " ".join(part for part in meaning if part)
+    lines = textwrap.wrap(
+        body, HELP_WIDTH, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )
+    if len(head) < HELP_COLUMN:
+        return [head.ljust(HELP_COLUMN) + lines[0][HELP_COLUMN:], *lines[1:]]
+    return [head, *lines]
 
 
 def read_command(

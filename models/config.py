@@ -132,9 +132,9 @@ class ArchConfig:
 class SizeConfig:
     """How large the model and its rows are; the defaults are the published d12."""
 
-    n_layer: int = 12
-    n_head: int = 6
-    n_embd: int = 768
+    n_layer: int = chz.field(default=12, doc="blocks, one above the other")
+    n_head: int = chz.field(default=6, doc="heads of attention in a block; divides n_embd")
+    n_embd: int = chz.field(default=768, doc="width: entries of the vector of a token")
     mlp_ratio: int = chz.field(default=4, doc="width of an MLP's hidden layer over n_embd")
     vocab_size: int | None = chz.field(default=None, doc="none: as the data says (GPT-2: 50,304)")
     eot_token: int | None = chz.field(

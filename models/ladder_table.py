@@ -11,6 +11,7 @@ from models.command_line import leaves
 from models.config import TIERS, ArchConfig, SizeConfig
 from models.ladder import LADDERS, rung_layers, rung_values
 from models.rung import Rung
+from models.type_words import as_typed
 
 PAPER_VOCAB, PAPER_EOT = 50_304, 50_256
 PLAIN_WIDTH = 100  # columns where the output is no terminal, a README for instance
@@ -58,7 +59,7 @@ def short(value: Any) -> str:
     """A value as it is typed on a command line, numbers in few digits."""
     if isinstance(value, list | tuple):
         return ",".join(map(short, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else as_typed(value)
 
 
 def riders(rung: Rung) -> str:

@@ -42,12 +42,18 @@ class OptimConfig:
     head_lr: float = chz.field(default=3e-4, doc="untied output head")
     matrix_lr: float = chz.field(default=3e-4, doc="2-D weights inside the blocks")
     scalar_lr: float = chz.field(default=3e-4, doc="biases, lambdas, skip weights")
-    embed_betas: tuple[float, float] = (0.9, 0.95)
-    head_betas: tuple[float, float] = (0.9, 0.95)
-    matrix_betas: tuple[float, float] = chz.field(
-        default=(0.9, 0.95), doc="read when optim.matrices=adam"
+    embed_betas: tuple[float, float] = chz.field(
+        default=(0.9, 0.95), doc="Adam's two decay rates, of the embeddings"
     )
-    scalar_betas: tuple[float, float] = (0.9, 0.95)
+    head_betas: tuple[float, float] = chz.field(
+        default=(0.9, 0.95), doc="the same of an untied head"
+    )
+    matrix_betas: tuple[float, float] = chz.field(
+        default=(0.9, 0.95), doc="the same of the matrices, with optim.matrices=adam"
+    )
+    scalar_betas: tuple[float, float] = chz.field(
+        default=(0.9, 0.95), doc="the same of biases, lambdas and skip weights"
+    )
     lr_scale: float = chz.field(default=1.0, doc="one multiplier on every group's rate")
     eps: float = chz.field(default=1e-8, doc="Adam's epsilon, outside the root")
     weight_decay: float = chz.field(default=0.1, doc="decoupled, on the Adam groups only")

@@ -1,6 +1,7 @@
 """Words to typed values: every text gives a value or one line, never another exception."""
 
 import math
+import re
 import subprocess
 import sys
 from typing import Literal
@@ -28,6 +29,11 @@ from models.command_line import (
 
 @chz.chz
 class Inner:
+    """What is inside (some spec 3.1).
+
+    No more of it is shown.
+    """
+
     rate: float = chz.field(default=0.5, doc="how fast")
     pair: tuple[float, float] = (0.1, 0.2)
 
@@ -231,18 +237,45 @@ def test_values_of_a_wrong_type_or_range_are_refused(values, said):
     assert refusal(build, Outer, [Layer("typed", values)]) == said
 
 
+def keys_of(page: str) -> list[str]:
+    return re.findall(r"^  (\w[\w.]*)=", page, re.M)
+
+
 def test_flat_form_and_help_have_every_key():
     assert flatten(Outer()).keys() == KEYS.keys()
     assert flatten(Outer())["inner.pair"] == [0.1, 0.2]
     page = help_page("usage: x", Outer, {"n": "count"}, {"count": 5, "names": ["a", "b"]})
     lines = page.splitlines()
     assert lines[0] == "usage: x"
-    assert [line.split("=")[0].strip() for line in lines[3:]] == list(KEYS)
+    assert keys_of(page) == list(KEYS)
+    assert "inner: What is inside." in lines
     assert "  count=5" in page
     assert "(also n=)" in page
     assert "names=a,b" in page
     assert "how fast" in page
     assert all(describe(leaf.type) for leaf in KEYS.values())
+
+
+def test_help_says_what_may_be_typed_in_the_words_that_are():
+    page = help_page("usage: x", Outer, {}, {})
+    for words in (
+        r"mode=a +\{a, b, 2\}",
+        r"goal=auto .* \{a number, auto, none\}",
+        r"limit=none +a whole number or none\n",
+        r"flag=false +true or false\n",
+    ):
+        assert re.search(words, page), words
+
+
+def test_help_is_wrapped_and_may_begin_with_chosen_keys():
+    values = {"names": ["a_long_name"] * 5}
+    page = help_page(
+        "usage: x", RunConfig, {}, values, leaves(Outer) | leaves(RunConfig), ["batch"]
+    )
+    assert max(map(len, page.splitlines())) <= 100
+    assert keys_of(page)[0] == "batch"
+    assert sorted(keys_of(page)) == sorted(leaves(Outer) | leaves(RunConfig))
+    assert "\n" + " " * 40 + "a word several times" in page  # its value is long
 
 
 def test_a_command_ends_with_its_code(capsys, monkeypatch):

@@ -208,10 +208,10 @@ def test_neither_help_nor_figures_import_jax(folder, tmp_path):
 # The catalogue and the page
 
 
-def test_the_catalogue_has_eighteen_figures_that_exist():
+def test_the_catalogue_has_the_eighteen_figures_and_all_exist():
     from importlib import import_module
 
-    assert list(FIGURES) == list(range(1, 19))
+    assert list(FIGURES)[:18] == list(range(1, 19))  # more may follow
     for number, place in FIGURES.items():
         module = import_module(f"experiments.figures.{place.module}")
         if number not in TOY:
@@ -220,11 +220,11 @@ def test_the_catalogue_has_eighteen_figures_that_exist():
 
 
 def test_every_rung_has_its_own_line():
-    lines = [tuple(family_line(rung).values()) for rung in ALL_RUNGS]
-    assert len(set(lines)) == len(ALL_RUNGS) == len(_RUNG_LINES)
+    lines = [tuple(family_line(rung).values()) for rung in (*ALL_RUNGS, "of another checkout")]
+    assert len(set(lines)) == len(ALL_RUNGS) + 1
     laptop = ("baseline", "muon", "untied", "flexwin", "betterwin", "attnscale")
     assert len({family_line(rung)["color"] for rung in laptop}) == 6
-    for one, other in pairwise(RUNGS):
+    for one, other in pairwise(rung for rung in RUNGS if rung in _RUNG_LINES):
         assert family_line(one)["color"] != family_line(other)["color"]
 
 

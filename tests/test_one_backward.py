@@ -14,7 +14,7 @@ from lens_jax.spectra import gram_with_mean
 from lens_jax.step import init_state, make_measure_step, make_train_step
 from models.ladder import LADDER
 
-RUNGS = [rung.name for rung in LADDER if rung.name != "lswa_adam"]  # lswa, but for the optimizer
+RUNGS = [rung.name for rung in LADDER]
 SAMPLES = 4
 TOLERANCE = 1e-5  # of the largest entry
 

@@ -48,6 +48,17 @@ def test_page_is_a_png_of_1920_by_1080(run_folder):
     assert not list(run_folder.glob(".*"))
 
 
+def test_a_named_measurement_is_drawn_beside_the_runs_own(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", **SMALL)
+    (folder / "spectra").rename(folder / "spectra_large")
+    assert read_run(folder, "large").sites(panels.ACTIVATION)
+    assert not read_run(folder).spectra
+    assert main([str(folder), "name=large"]) == 0
+    assert (folder / "summary_large.png").stat().st_size > 60_000
+    assert main([str(folder), "name=paper"]) == 2
+    assert capsys.readouterr().err.endswith("no spectra_paper; give one of large\n")
+
+
 @pytest.mark.parametrize(
     "leave_out", [("config", "spectra"), ("metrics", panels.ACTIVATION), ("config", *KINDS)]
 )

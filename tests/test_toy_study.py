@@ -303,8 +303,28 @@ def test_a_place_that_is_no_study_is_refused(tmp_path):
         run_study(tiny_study(tmp_path), print)
 
 
-def test_help_says_every_key(capsys):
-    assert main(["--help"]) == 0
+@pytest.mark.parametrize(
+    ("task", "own"),
+    [
+        ("banded", ("stages=muon,untied", "measure.bands=37:60", "banded.vocab_size=256")),
+        ("grok", ("grok.p=97",)),
+        ("rff", ("rff.track=A",)),
+    ],
+)
+def test_help_says_every_key_of_a_task_and_none_of_another(capsys, task, own):
+    assert main(["--help", f"task={task}"]) == 0
     shown = capsys.readouterr().out
-    for key in ("profile=laptop", "stages=", "measure.bands=", "grok.p=97", "engine=auto"):
-        assert f"  {key}" in shown
+    for key in ("profile=laptop", "seeds=", "engine=auto", *own):
+        assert f"\n  {key}" in shown
+    for key, of in (("stages", "banded"), ("banded", "banded"), ("grok.", "grok"), ("rff.", "rff")):
+        assert (f"\n  {key}" in shown) == (of == task)
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("first", 2)])
+def test_a_worker_asked_for_help_says_one_line(word, code):
+    done = subprocess.run(
+        [sys.executable, "-m", "toy_modular.worker", word], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert (done.stdout + done.stderr).count("\n") == 1
+    assert "run toy_modular.study instead" in done.stdout + done.stderr

@@ -161,5 +161,5 @@ def test_help_needs_nothing_slow():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0, shown.stderr
-    assert "study=None" in shown.stdout
+    assert "study=none" in shown.stdout
     assert shown.stdout.splitlines()[-1] == ""

@@ -78,7 +78,7 @@ class RunConfig:
     batch: int | None = chz.field(default=128, doc="sequences a step; none: all of them")
     seed: int = 0
     lr: float = chz.field(default=6e-4, doc="rate; those of optim are multiples of it")
-    max_steps: int = 5000
+    max_steps: int = chz.field(default=5000, doc="steps after which a run ends, target or not")
     target_loss: float | None = chz.field(default=2.0, doc="validation loss that ends a run")
     target_accuracy: float | None = chz.field(
         default=None, doc="validation accuracy that ends a run, where the task has one"

@@ -16,7 +16,6 @@ from toy_modular.study_config import (
     Study,
     StudyConfig,
     help_values,
-    known_keys,
     resolve,
 )
 from toy_modular.study_folder import StudyFolder
@@ -125,7 +124,8 @@ def _draw(study: Study, path: Path, note: Note) -> None:
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     if {"--help", "-h", "help"} & set(arguments):
-        print(help_page(USAGE, StudyConfig, {}, help_values(arguments), known_keys()))
+        values, keys = help_values(arguments)
+        print(help_page(USAGE, StudyConfig, {}, values, keys))
         return 0
     began = time.monotonic()
 

@@ -83,8 +83,8 @@ class StudyConfig:
     side_stages: tuple[str, ...] = chz.field(
         default=(), doc="stages to stand beside, at side_batches and side_seeds only"
     )
-    side_batches: tuple[int, ...] = (128,)
-    side_seeds: tuple[int, ...] = (0,)
+    side_batches: tuple[int, ...] = chz.field(default=(128,), doc="sequences a step of side_stages")
+    side_seeds: tuple[int, ...] = chz.field(default=(0,), doc="seeds of side_stages")
     sequences: int | None = chz.field(
         default=None, doc="longest run in sequences, whatever the batch size; none: max_steps"
     )
@@ -98,7 +98,7 @@ class StudyConfig:
         default=(0.5, 1.0, 2.0, 4.0),
         doc="rates tried at batch B, in units of base_rate (B / 32)^0.5",
     )
-    base_rate: float = 3e-4
+    base_rate: float = chz.field(default=3e-4, doc="rate at batch 32 that multipliers multiply")
     search_seed: int = chz.field(default=0, doc="seed of the search; all seeds take its rate")
     engine: Engine = chz.field(
         default="auto",
@@ -106,7 +106,7 @@ class StudyConfig:
         "processes on a CPU, together on an accelerator",
     )
     figures: bool = chz.field(default=True, doc="draw all figures at the end")
-    out: str = chz.field(default="auto", doc="folder of the study; auto: runs/toy_<profile>")
+    out: str = chz.field(default="auto", doc="folder of the study; auto: runs/toy_[task_]<profile>")
 
     @chz.validate
     def _ranges(self):
@@ -257,13 +257,25 @@ def known_keys() -> dict:
     return leaves(StudyConfig) | {k: v for k, v in leaves(RunConfig).items() if k in _RUN_KEYS}
 
 
-def help_values(arguments: list[str]) -> dict[str, Any]:
-    """The value every key would have, of a run by the first stage that is asked for."""
+def help_values(arguments: list[str]) -> tuple[dict[str, Any], dict]:
+    """The value every key would have, of a run by the first stage that is asked for, and the keys.
+
+    The keys are those that the task takes.
+    """
     words = [word for word in arguments if "=" in word]
     study = resolve(parse_words(words))
     kind = study.kinds()[0]
     shown = flatten(study.member(kind, 0, study.candidates(kind)[0]))
-    return shown | flatten(study.config)
+    keys = {key: leaf for key, leaf in known_keys().items() if _owner(key) in (None, study.task)}
+    return shown | flatten(study.config), keys
+
+
+def _owner(key: str) -> str | None:
+    """The one task that takes a key; None: all do."""
+    if key in OF_WALKS:
+        return "banded"
+    section, dot, _ = key.partition(".")
+    return section if dot and section in ("banded", *PRESETS) else None
 
 
 def resolve(words: Mapping[str, str]) -> Study:
@@ -292,10 +304,8 @@ def resolve(words: Mapping[str, str]) -> Study:
 def _refuse_misplaced(task: str, words: Mapping[str, str], typed: Mapping[str, Any]) -> None:
     """Refuses what would change nothing: keys of another task, a search where there is none."""
     for key in typed:
-        owner, _, rest = key.partition(".")
-        if key in OF_WALKS:
-            owner, rest = "banded", key
-        if rest and owner in ("banded", *PRESETS) and owner != task:
+        owner = _owner(key)
+        if owner not in (None, task):
             raise UsageError(
                 f"{key}={words[key]} with task={task}: it is a key of task={owner}; leave it out"
             )

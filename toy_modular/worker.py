@@ -44,5 +44,18 @@ def _listen(jobs: queue.SimpleQueue) -> None:
     os._exit(0)  # the study is gone, and another may go on in its folder at any moment
 
 
+def _core() -> int:
+    """The core of the command line; anything else ends in one line."""
+    words = sys.argv[1:]
+    if len(words) != 1 or not words[0].isdecimal():
+        asked = words in (["-h"], ["--help"])
+        usage = (
+            "python -m toy_modular.worker CORE: a study starts it; run toy_modular.study instead"
+        )
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    return int(words[0])
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(_core())

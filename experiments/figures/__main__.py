@@ -39,7 +39,9 @@ class Task:
     """The keys of the command that are no figure's."""
 
     study: str | None = chz.field(default=None, doc="folder of the study")
-    fig: Literal[("all", *FIGURES)] = chz.field(default="all", doc="which figure, 1 to 18")
+    fig: Literal[("all", *FIGURES)] = chz.field(
+        default="all", doc="which figure, a number of the list above"
+    )
     out: str | None = chz.field(default=None, doc="folder to write to; none: STUDY/figures")
     report: str | None = chz.field(
         default=None, doc="HTML page of all findings, with fig=all; none: no page"

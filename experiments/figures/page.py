@@ -11,6 +11,7 @@ from experiments.figures.options import Options as Options
 from experiments.study_records import Cell, Run
 from lens_jax.axis_style import FAINT, LINES
 from lens_jax.fits import REFERENCE_WIDTH
+from models.ladder import ALL_RUNGS
 
 CAPTION_SIZE = 6.8
 CHARACTERS = 20.0  # of a caption in one inch
@@ -45,6 +46,7 @@ _RUNG_LINES = {
     "pairmix": (ORANGE, "X"),
     "dropattn": (BLACK, "h"),
 }
+_SPARE_MARKERS = ("H", "8", "1", "2")
 
 
 def title(figure: Figure, number: int, text: str) -> None:
@@ -66,8 +68,16 @@ def caption(figure: Figure, text: str) -> None:
 
 
 def family_line(rung: str) -> dict:
-    """Returns colour and marker of a rung, the same in all figures."""
-    colour, marker = _RUNG_LINES[rung]
+    """Returns colour and marker of a rung, the same in all figures.
+
+    A rung that is not in the table above has a marker that no rung of the table has.
+    """
+    if rung in _RUNG_LINES:
+        colour, marker = _RUNG_LINES[rung]
+    else:
+        others = [name for name in ALL_RUNGS if name not in _RUNG_LINES]
+        turn, place = divmod(others.index(rung) if rung in others else len(others), len(LINES))
+        colour, marker = LINES[place][0], _SPARE_MARKERS[turn % len(_SPARE_MARKERS)]
     return {"color": colour, "marker": marker}
 
 

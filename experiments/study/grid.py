@@ -35,7 +35,7 @@ class StudyConfig:
         default="laptop", doc="a grid with a name, see experiments/study/presets.py"
     )
     rungs: tuple[str, ...] = chz.field(default=(), doc="rungs of the ladder; all: all of them")
-    tiers: tuple[str, ...] = ("d12",)
+    tiers: tuple[str, ...] = chz.field(default=("d12",), doc="sizes, among " + ", ".join(TIERS))
     batches: tuple[int, ...] = chz.field(default=(4, 8, 16, 32), doc="long rows a step")
     seeds: tuple[int, ...] = chz.field(default=(0,), doc="of initial weights and order of data")
     more: tuple[str, ...] = chz.field(
@@ -49,7 +49,7 @@ class StudyConfig:
     )
     factors: tuple[float, ...] = chz.field(
         default=(0.5, 0.70710678, 1.0, 1.41421356, 2.0),
-        doc="tried around each of them (ladder spec 8)",
+        doc="tried around each of them",
     )
     lr_base: tuple[str, ...] = chz.field(
         default=(), doc="where to begin instead of 1, at the reference batch, as baseline:8"

@@ -33,8 +33,8 @@ class SlurmConfig:
     """What the cluster is asked for, a run."""
 
     time: str = chz.field(default="24:00:00", doc="longest time of a run, as sbatch takes it")
-    partition: str | None = None
-    account: str | None = None
+    partition: str | None = chz.field(default=None, doc="as sbatch takes it; none: Slurm's own")
+    account: str | None = chz.field(default=None, doc="as sbatch takes it; none: the user's own")
     gpus: int = chz.field(default=1, doc="GPUs of a run; 0 for none")
     cpus: int = chz.field(default=8, doc="CPU cores of a run")
     memory: str | None = chz.field(default=None, doc="memory of a run, as 64G")
