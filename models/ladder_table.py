@@ -31,8 +31,8 @@ def parameter_shapes(rung: str, tier: str, ladder: str = "published") -> dict:
     from models.gpt import GPT, init_params
 
     values = TIERS[tier] | rung_values(rung, ladder) | {"size.vocab_size": PAPER_VOCAB}
-    # one token is enough to find all parameters, and traces twice as fast as a block of 128
-    values |= {"size.block": 1, "size.eot_token": PAPER_EOT}
+    # two tokens are enough to find all parameters, and trace twice as fast as a block of 128
+    values |= {"size.block": 2, "size.eot_token": PAPER_EOT}
     arch = ArchConfig(**fields_of(ArchConfig, "arch", values))
     size = SizeConfig(**fields_of(SizeConfig, "size", values))
     return jax.eval_shape(lambda: init_params(GPT(arch, size), 0))
