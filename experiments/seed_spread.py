@@ -12,6 +12,7 @@ as normal and independent, with one variance in all cells. NumPy, float64.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import atan2, exp, isfinite, lgamma, nan
 from typing import NamedTuple
 
@@ -147,6 +148,11 @@ def difference_error(spread: Spread, before: Sequence[Run], after: Sequence[Run]
 # Tests
 
 
+@cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(NODES)
+
+
 def f_upper(f: float, first: int, second: int) -> float:
     """Returns the chance that F with `first` and `second` degrees of freedom is `f` or more.
 
@@ -154,7 +160,7 @@ def f_upper(f: float, first: int, second: int) -> float:
     squared tangent is second / (first f), here by Gauss-Legendre quadrature.
     """
     angle = atan2(second**0.5, (first * f) ** 0.5)
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    nodes, weights = _quadrature()
     at = angle * (nodes + 1) / 2
     whole = exp(lgamma((first + second) / 2) - lgamma(first / 2) - lgamma(second / 2))
     heights = np.sin(at) ** (second - 1) * np.cos(at) ** (first - 1)
