@@ -106,12 +106,8 @@ def time_engines(plan: ToyBenchConfig, members: list) -> dict[str, Any]:
     tokens = (plan.long - plan.short) * sum(config.tokens_per_step for config in configs)
     found = {}
     for engine in ENGINES:
-        train_all = _loop_all if engine == "loop" else partial(_train_all, engine=engine)
-        first = train_all(configs, plan.short)
-        # processes and the loop start and compile anew every time, the others have compiled now
-        short = train_all(configs, plan.short) if engine in ("sequential", "together") else first
-        seconds = train_all(configs, plan.long) - short
-        to_start = first - seconds * plan.short / (plan.long - plan.short)
+        timed = _time_loop if engine == "loop" else partial(_time_engine, engine=engine)
+        seconds, to_start = timed(plan, configs)
         found[engine] = {
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds),
@@ -123,14 +119,28 @@ def time_engines(plan: ToyBenchConfig, members: list) -> dict[str, Any]:
     return found
 
 
-def _loop_all(configs: list, steps: int) -> float:
+def _time_engine(plan: ToyBenchConfig, configs: list, engine: str) -> tuple[float, float]:
+    """Seconds of `long` less `short` steps of all members, and to start."""
+    first = _train_all(configs, plan.short, engine)
+    # processes start and compile anew every time, the others have compiled now
+    short = first if engine == "processes" else _train_all(configs, plan.short, engine)
+    seconds = _train_all(configs, plan.long, engine) - short
+    return seconds, first - seconds * plan.short / (plan.long - plan.short)
+
+
+def _time_loop(plan: ToyBenchConfig, configs: list) -> tuple[float, float]:
+    """The same of a script for each member; it starts with a first dispatch, where it compiles."""
     began = time.perf_counter()
-    for config in configs:
-        script = PlainLoop(config)
-        for _ in range(steps // config.eval_every):
+    scripts = [PlainLoop(config) for config in configs]
+    for script in scripts:
+        script()
+        script.look()
+    started = time.perf_counter()
+    for script in scripts:
+        for _ in range((plan.long - plan.short) // script.config.eval_every):
             script()
             script.look()
-    return time.perf_counter() - began
+    return time.perf_counter() - started, started - began
 
 
 def _train_all(configs: list, steps: int, engine: str) -> float:

@@ -1,7 +1,7 @@
 """Who trains the members of a study: one process, all together in it, or a process a core.
 
-A toy member hardly uses a second core, so on a CPU single-thread processes beside each other were
-half as fast again as one process with all cores on one machine, and as fast on another; on an
+A toy member hardly uses a second core, so on a CPU single-thread processes beside each other are
+faster than one process with all cores, on two machines of two cores by 1.5 and by 1.0 to 1.3; on an
 accelerator one program with a batch axis of members should win, which nobody has timed (`python
 benchmarks/toy_engines.py`). All three write the same folders.
 """
