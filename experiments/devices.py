@@ -79,11 +79,12 @@ def look_from_outside() -> tuple[str, int]:
     return platform, count
 
 
-def split_cpu() -> None:
-    """Give a CPU-only process one device per core, up to two, unless the user has chosen.
+def split_cpu(count: int | None = None) -> None:
+    """Give a process without accelerator `count` devices, one a core up to two by default.
 
     XLA runs element-wise work of a program on one core per device, so two devices train faster on
-    two cores. Must run before jax is used; a second call changes nothing.
+    two cores. Changes nothing where the user has chosen. Must run before jax is used; a second call
+    changes nothing.
     """
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in (
         os.environ.get("XLA_FLAGS", "")
@@ -91,7 +92,7 @@ def split_cpu() -> None:
     if not chosen:
         import jax
 
-        jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
+        jax.config.update("jax_num_cpu_devices", count or min(2, os.cpu_count() or 1))
 
 
 def micro_batches(batch: int, devices: int, processes: int = 1) -> int:

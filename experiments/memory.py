@@ -21,7 +21,6 @@ needs, and what they send each other. Every key of `python -m experiments.train`
 taken.
 """
 
-import os
 import shlex
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -85,7 +84,10 @@ def main(argv: list[str]) -> int:
         print("  and every key of a run, with its meaning in python -m experiments.train --help")
         return 0
     report = {"command": shlex.join(["python", "-m", "experiments.memory", *argv])}
-    _pretend_devices(plan.devices)
+    if plan.devices > 1:
+        from experiments.devices import split_cpu
+
+        split_cpu(plan.devices)
     report |= measure(config, plan.measured, plan.devices)
     print("\n".join(table(report)))
     if plan.out is not None:
@@ -113,13 +115,6 @@ def parse_memory(argv: list[str]) -> tuple[MemoryConfig, RunConfig]:
         # no part of the step, but it must be a multiple of the row
         words = {key: words["size.long_row"] for key in VALIDATION} | words
     return plan, sized(words)
-
-
-def _pretend_devices(count: int) -> None:
-    import jax
-
-    if "JAX_NUM_CPU_DEVICES" not in os.environ and count > 1:
-        jax.config.update("jax_num_cpu_devices", count)
 
 
 def measure(config: RunConfig, measured: bool = False, devices: int = 1) -> dict[str, Any]:
