@@ -94,13 +94,10 @@ def _family(study: Study, options: Options, matched: Matched) -> tuple[Family, l
     """
     found = []
     for family in study.families:
-        runs: dict[int, Run] = {}
-        for run in study.of(family):
-            if matched.spectrum(run, ACTIVATION, None) is not None:
-                runs.setdefault(run.batch, run)
+        runs = matched.by_batch(study.of(family))
         if len(runs) > 1 and options.rung in (None, family.rung):
             paper = family.rung == PAPER_FAMILY.rung, int(family.tier.lstrip("d"))
-            found.append((paper, len(runs), family, [runs[batch] for batch in sorted(runs)]))
+            found.append((paper, len(runs), family, [runs[batch][0] for batch in sorted(runs)]))
     if not found:
         loss = target_of(study, options)
         raise Missing(
@@ -196,12 +193,8 @@ def _draw_contrast(ax, pair: Sequence[Transition]) -> None:
 
 def separations(study: Study, family: Family, matched: Matched) -> list[float]:
     """Returns the JSD of every two batches at equal loss, the median over pairs of their seeds."""
-    cells: dict[int, list[Run]] = {}
-    for run in study.of(family):
-        if matched.spectrum(run, ACTIVATION, None) is not None:
-            cells.setdefault(run.batch, []).append(run)
     found = []
-    for one, other in combinations(cells.values(), 2):
+    for one, other in combinations(matched.by_batch(study.of(family)).values(), 2):
         pairs = unlike_pairs(one, other)
         found.append(float(np.median(matched.divergence(pairs, ACTIVATION, None))))
     return found
@@ -215,8 +208,8 @@ def _separation_claim(study: Study, family: Family, matched: Matched, floor: flo
     found = separations(study, family, matched)
     ratio = min(found) / floor
     outcome = UNDECIDED if not isfinite(ratio) else HELD if ratio >= LED else FAILED
-    runs = [r for r in study.of(family) if matched.spectrum(r, ACTIVATION, None) is not None]
-    batches = len({run.batch for run in runs})
+    cells = matched.by_batch(study.of(family))
+    runs, batches = [run for own in cells.values() for run in own], len(cells)
     return Claim(
         "1", f"{family.name}: at equal loss every two batches have different spectra", batches,
         seeds_of(runs)[0], "all ranks", ratio, float("nan"),

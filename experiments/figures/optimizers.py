@@ -73,21 +73,14 @@ def _contrast(study: Study, matched: Matched) -> list[Side]:
     tiers = sorted({family.tier for family in study.families})
     for tier in tiers:
         for rungs in CONTRASTS:
-            sides = [_side(study, Family(rung, tier), matched) for rung in rungs]
+            families = [Family(rung, tier) for rung in rungs]
+            sides = [Side(own, matched.by_batch(study.of(own))) for own in families]
             if all(len(side.runs) > 1 for side in sides):
                 return sides
     raise Missing(
         "lswa and lswa_adam, or muon and rope or baseline, at two batches or more, measured at the "
         "target loss: python -m experiments.study preset=fig7"
     )
-
-
-def _side(study: Study, family: Family, matched: Matched) -> Side:
-    runs: dict[int, list[Run]] = {}
-    for run in study.of(family):
-        if matched.spectrum(run, ACTIVATION, None) is not None:
-            runs.setdefault(run.batch, []).append(run)
-    return Side(family, runs)
 
 
 def separations(side: Side, matched: Matched) -> dict[tuple[int, int], float]:

@@ -152,6 +152,14 @@ class Matched:
             self._known[key] = spectrum(run, row, kind, matrix)
         return self._known[key]
 
+    def by_batch(self, runs: Sequence[Run]) -> dict[int, list[Run]]:
+        """Returns those of the runs that have a spectrum of activations there, by batch."""
+        found: dict[int, list[Run]] = {}
+        for run in runs:
+            if self.spectrum(run, ACTIVATION, None) is not None:
+                found.setdefault(run.batch, []).append(run)
+        return found
+
     def value(self, shape: Shape, run: Run) -> float:
         """Returns a statistic of a run, NaN where it has no spectrum there."""
         values = self.spectrum(run, shape.kind, shape.matrix)
