@@ -76,7 +76,8 @@ class Bench:
         rows = self._tokens(config.rows_per_step, config.row)
         rows = rows.reshape(config.accumulate, -1, config.row + 1)
         self.batches = with_window({"tokens": place_rows(mesh, rows, axis=1)}, mesh, self.window)
-        self.state = jax.jit(self._noisy_state, out_shardings=self.plain_run.sharding)()
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, self.plain_run.shapes)
+        self.state = jax.jit(self._noisy_state, out_shardings=sharding)()
         self._programs: dict[tuple, Program] = {}
 
     def _tokens(self, rows: int, window: int) -> np.ndarray:

@@ -175,9 +175,6 @@ def abstract_step(config: RunConfig, mesh):
     from lens_jax.lens import ProbeBatch, split_windows
     from models.windows import widest_window
 
-    def shaped(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     def batch(*rows, length):
         found = {"tokens": jax.ShapeDtypeStruct((*rows, length + 1), jnp.int32)}
         if widest_window(config.arch, config.size) is not None:
@@ -185,10 +182,11 @@ def abstract_step(config: RunConfig, mesh):
         return found
 
     def placed(batch, axis):
-        return jax.tree.map(lambda leaf: shaped(leaf, rows_sharding(mesh, leaf.shape, axis)), batch)
+        return jax.tree.map(
+            lambda leaf: leaf.update(sharding=rows_sharding(mesh, leaf.shape, axis)), batch
+        )
 
     functions = make_functions(config, make_schedule(config), mesh)
-    state = jax.tree.map(shaped, jax.eval_shape(functions.fresh_state), functions.sharding)
     probes = config.probes
     batches = batch(config.accumulate, config.micro_rows, length=config.row)
     samples, more = jax.eval_shape(
@@ -196,7 +194,7 @@ def abstract_step(config: RunConfig, mesh):
         batch(probes.windows, length=probes.window),
     )
     probe_batch = ProbeBatch(placed(samples, 0), None if more is None else placed(more, 1))
-    return functions.step, (state, placed(batches, 1), probe_batch)
+    return functions.step, (functions.shapes, placed(batches, 1), probe_batch)
 
 
 def arrays_of_pairs(arrays: Iterable[Array], config: RunConfig) -> list[str] | None:

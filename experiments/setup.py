@@ -26,8 +26,8 @@ from optim.groups import make_optimizer
 class Functions(NamedTuple):
     """What a configuration computes on a mesh, before there are any data.
 
-    step: as `lens_jax.step.make_train_step` returns it. fresh_state() -> TrainState, whose arrays
-    lie as `sharding`, a tree like it, says.
+    step: as `lens_jax.step.make_train_step` returns it. fresh_state() -> TrainState. shapes: its
+    arrays as ShapeDtypeStructs, which say how they lie on the mesh too.
     """
 
     model: GPT
@@ -35,23 +35,22 @@ class Functions(NamedTuple):
     lens: Lens
     step: Callable
     fresh_state: Callable[[], TrainState]
-    sharding: TrainState
+    shapes: TrainState
 
 
 class Run(NamedTuple):
     """The compiled side of a run.
 
-    step, fresh_state, sharding: as in `Functions`. evaluate(params, window) -> mean validation
-    loss at an attention window in tokens (None: the rung has none).
-    probe_batch: the fixed probe set on the mesh, or None.
-    facts: what every spectrum record says of this run. num_params: of the model.
+    step, fresh_state, shapes: as in `Functions`. evaluate(params, window) -> mean validation loss
+    at an attention window in tokens (None: the rung has none). probe_batch: the fixed probe set on
+    the mesh, or None. facts: what every spectrum record says of this run. num_params: of the model.
     """
 
     mesh: Any
     step: Callable
     evaluate: Callable
     fresh_state: Callable[[], TrainState]
-    sharding: TrainState
+    shapes: TrainState
     probe_batch: ProbeBatch | None
     facts: dict[str, Any]
     num_params: int
@@ -113,16 +112,15 @@ def make_run(
     made = make_functions(config, schedule, mesh)
     lens, dtype = made.lens, made.model.dtype
     fixed = bool(lens.probes or lens.sweeps) and config.probes.data == "fixed"
-    params = jax.eval_shape(made.fresh_state).params
     return Run(
         mesh=mesh,
         step=made.step,
         evaluate=_make_evaluate(made.loss_fn, held.val, config.micro_rows, mesh, dtype),
         fresh_state=made.fresh_state,
-        sharding=made.sharding,
+        shapes=made.shapes,
         probe_batch=place_probe_set(config, held.probe, mesh) if fixed else None,
         facts=record_facts(config, held.probe, lens, dtype) | {"unigram_entropy": unigram_entropy},
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(made.shapes.params)),
     )
 
 
@@ -133,11 +131,12 @@ def make_functions(config: RunConfig, schedule: Schedule, mesh) -> Functions:
     """
     model = make_model(config, mesh)
     loss_fn, lens = make_loss(model), run_lens(config)
+    params = jax.eval_shape(lambda: init_params(model, config.seed))
     split = split_leading(mesh)
     tx = make_optimizer(
         config.optim,
         schedule.horizon,
-        jax.eval_shape(lambda: init_params(model, config.seed)),
+        params,
         split=split,
         joined=None if split is None or config.fsdp else replicated(mesh),
     )
@@ -145,7 +144,8 @@ def make_functions(config: RunConfig, schedule: Schedule, mesh) -> Functions:
     def fresh_state():
         return init_state(init_params(model, config.seed), tx)
 
-    sharding = state_sharding(mesh, jax.eval_shape(fresh_state), cut=config.fsdp)
+    shapes = jax.eval_shape(lambda params: init_state(params, tx), params)
+    sharding = state_sharding(mesh, shapes, cut=config.fsdp)
     step = make_train_step(
         loss_fn,
         tx,
@@ -160,7 +160,7 @@ def make_functions(config: RunConfig, schedule: Schedule, mesh) -> Functions:
         lens=lens,
         step=full_precision(step, model.dtype),
         fresh_state=jax.jit(fresh_state, out_shardings=sharding),
-        sharding=sharding,
+        shapes=jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, sharding),
     )
 
 

@@ -91,12 +91,7 @@ def initial_state(
         )
     for line in _changes(meta, here):
         print(f"note: {line}: losses agree to rounding, not bit by bit")
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(run.fresh_state),
-        run.sharding,
-    )
-    return checkpoints.restore(latest, abstract), latest
+    return checkpoints.restore(latest, run.shapes), latest
 
 
 def _changes(meta: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

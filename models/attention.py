@@ -72,8 +72,10 @@ def choose(implementation: Implementation, masked: bool, dtype, head_dim: int) -
     masked: whether documents or a window narrow the causal mask.
     """
     flash_runs = jax.default_backend() == "gpu" and flash.supports(head_dim)
-    half_runs = dtype in HALF and (nvidia_capability() or (0, 0)) >= FIRST_HALF
-    cudnn_runs = half_runs and not masked and _cudnn_supports(head_dim)
+    capability = nvidia_capability() or (0, 0)
+    half_runs = dtype in HALF and capability >= FIRST_HALF
+    widest = 256 if capability >= (9, 0) else 128
+    cudnn_runs = half_runs and not masked and head_dim % 8 == 0 and head_dim <= widest
     if implementation == "auto":
         if cudnn_runs:
             return "cudnn"
@@ -92,12 +94,6 @@ def choose(implementation: Implementation, masked: bool, dtype, head_dim: int) -
             f"{jax.default_backend()}, heads of {head_dim}); choose attention=auto"
         )
     return implementation
-
-
-def _cudnn_supports(head_dim: int) -> bool:
-    capability = nvidia_capability()
-    widest = 256 if capability is not None and capability >= (9, 0) else 128
-    return head_dim % 8 == 0 and head_dim <= widest
 
 
 def dense_attention(q, k, v, visible: jax.Array, scale: float) -> jax.Array:

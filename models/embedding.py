@@ -15,11 +15,11 @@ COLUMNS = 256  # most of the width that scan_rows takes at a time
 @jax.custom_vjp
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of table (V, D) at ids (B, T), as (B, T, D); an id outside 0..V-1 gives NaN."""
-    return jnp.take(table, _outside(ids, len(table)), axis=0, mode="fill", fill_value=jnp.nan)
+    return jnp.take(table, beyond_end(ids, len(table)), axis=0, mode="fill", fill_value=jnp.nan)
 
 
-def _outside(ids, vocab: int):
-    """Ids below 0, which would count from the end of a table, as one beyond it."""
+def beyond_end(ids: jax.Array, vocab: int) -> jax.Array:
+    """Ids with those below 0, which would count from the end of a table, as one beyond it."""
     return jnp.where(ids < 0, vocab, ids)
 
 
@@ -32,7 +32,7 @@ def _take_backward(residuals, cotangent):
     vocab, width = table.shape
     # the choice for GPUs is by the argument above, not by a measurement
     sum_rows = scan_rows if jax.default_backend() == "gpu" else scatter_rows
-    total = sum_rows(_outside(ids, vocab).reshape(-1), cotangent.reshape(-1, width), vocab)
+    total = sum_rows(beyond_end(ids, vocab).reshape(-1), cotangent.reshape(-1, width), vocab)
     return total.astype(table.dtype), None
 
 

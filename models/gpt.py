@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from models.attention import Implementation, attention
 from models.config import ArchConfig, SizeConfig, check_depth
-from models.embedding import take_rows
+from models.embedding import beyond_end, take_rows
 from models.head import head_logits
 from models.initializers import Initializers, keep_stream
 from models.layers import Layer, layer_plan, num_value_pieces
@@ -322,7 +322,7 @@ def token_loss(logits: jnp.ndarray, targets: jnp.ndarray) -> jnp.ndarray:
 
     A target outside 0..V-1 gives NaN.
     """
-    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # or it would count from the end
+    targets = beyond_end(targets, logits.shape[-1])
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="fill")[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 

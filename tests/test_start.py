@@ -18,8 +18,7 @@ def run():
     return SimpleNamespace(
         mesh=mesh,
         facts={"dtype": "float32"},
-        fresh_state=lambda: {"w": np.zeros(3)},
-        sharding={"w": replicated(mesh)},
+        shapes={"w": jax.ShapeDtypeStruct((3,), np.float32, sharding=replicated(mesh))},
     )
 
 
